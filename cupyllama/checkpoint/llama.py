@@ -1,0 +1,187 @@
+"""Weight names of the LLaMA family, as Hugging Face writes them, and the stage they make."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
+from cupyllama.config import ModelConfig
+from cupyllama.errors import ModelError
+from cupyllama.model.llama import LayerWeights, StageWeights
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor: the field it belongs to, and its shape in names of ModelConfig.
+
+    Parts of one field are stacked in the table's order: that is how q, k, v become one matrix.
+    """
+
+    field: str
+    shape: tuple[str, ...]
+
+
+_ATTENTION = "model.layers.{}.self_attn."
+_MLP = "model.layers.{}.mlp."
+
+# None: known, and computed instead of read.
+WEIGHTS: dict[str, Part | None] = {
+    "model.embed_tokens.weight": Part("embed_tokens", ("vocab_size", "hidden_size")),
+    "model.layers.{}.input_layernorm.weight": Part("input_layernorm", ("hidden_size",)),
+    _ATTENTION + "q_proj.weight": Part("qkv_proj", ("q_size", "hidden_size")),
+    _ATTENTION + "k_proj.weight": Part("qkv_proj", ("kv_size", "hidden_size")),
+    _ATTENTION + "v_proj.weight": Part("qkv_proj", ("kv_size", "hidden_size")),
+    _ATTENTION + "o_proj.weight": Part("o_proj", ("hidden_size", "q_size")),
+    _ATTENTION + "rotary_emb.inv_freq": None,
+    "model.layers.{}.post_attention_layernorm.weight": Part(
+        "post_attention_layernorm", ("hidden_size",)
+    ),
+    _MLP + "gate_proj.weight": Part("gate_up_proj", ("intermediate_size", "hidden_size")),
+    _MLP + "up_proj.weight": Part("gate_up_proj", ("intermediate_size", "hidden_size")),
+    _MLP + "down_proj.weight": Part("down_proj", ("hidden_size", "intermediate_size")),
+    "model.norm.weight": Part("norm", ("hidden_size",)),
+    "lm_head.weight": Part("lm_head", ("vocab_size", "hidden_size")),
+}
+BIASES: dict[str, Part | None] = {
+    _ATTENTION + "q_proj.bias": Part("qkv_bias", ("q_size",)),
+    _ATTENTION + "k_proj.bias": Part("qkv_bias", ("kv_size",)),
+    _ATTENTION + "v_proj.bias": Part("qkv_bias", ("kv_size",)),
+    _ATTENTION + "o_proj.bias": Part("o_bias", ("hidden_size",)),
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of the stage: the stored tensors it stacks, and its shape."""
+
+    name: str
+    parts: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
+
+
+def check_names(checkpoint: SafetensorsCheckpoint, config: ModelConfig) -> None:
+    """Every tensor that the model has is stored with the right shape, and nothing else is.
+
+    Raises:
+        ModelError: naming the file and the first missing, misshapen or unknown tensor.
+    """
+    table = _table(config)
+    expected: dict[str, tuple[int, ...] | None] = {}
+    for template, part in table.items():
+        shape = None if part is None else _shape(part, config)
+        for name in _names(template, config):
+            expected[name] = shape
+    if config.tie_word_embeddings:
+        expected["lm_head.weight"] = None  # some writers store the tied matrix twice
+    for name, shape in expected.items():
+        stored = checkpoint.tensors.get(name)
+        if shape is None:
+            continue
+        if stored is None:
+            raise ModelError(
+                f"{checkpoint.directory}: has no tensor {name}", "Is the download complete?"
+            )
+        if stored.shape != shape:
+            raise ModelError(
+                f"{stored.path}: {name} is {list(stored.shape)}, but config.json makes it "
+                f"{list(shape)}",
+                "Do config.json and the weights belong to the same model?",
+            )
+    for name, stored in checkpoint.tensors.items():
+        if name not in expected:
+            raise ModelError(
+                f"{stored.path}: {name} is not a tensor of this model",
+                "Do config.json and the weights belong to the same model?",
+            )
+
+
+def stage_fields(config: ModelConfig, layers: range) -> Iterator[tuple[int | None, Field]]:
+    """The arrays of a stage of `layers`, each with its layer, or None at the model's ends."""
+    last = layers.stop == config.num_hidden_layers
+    if layers.start == 0:
+        yield None, _fields(config, None)["embed_tokens"]
+    for layer in layers:
+        for field in _fields(config, layer).values():
+            yield layer, field
+    if last:
+        ends = _fields(config, None)
+        yield None, ends["norm"]
+        if config.tie_word_embeddings and layers.start > 0:
+            yield None, ends["embed_tokens"]
+        elif not config.tie_word_embeddings:
+            yield None, ends["lm_head"]
+
+
+def load_stage(
+    checkpoint: SafetensorsCheckpoint,
+    config: ModelConfig,
+    layers: range,
+    dtype: np.dtype,
+    to_device: Callable[[np.ndarray], Any],
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> StageWeights:
+    """Read the tensors of `layers` and no others, fuse them, and hand each to `to_device`.
+
+    Args:
+        dtype: what the weights are stored as; conversion happens on the way.
+        on_bytes: called with the bytes of each array as it is loaded.
+    """
+    check_names(checkpoint, config)
+    ends: dict[str, Any] = {}
+    by_layer: dict[int, dict[str, Any]] = {layer: {} for layer in layers}
+    for layer, field in stage_fields(config, layers):
+        host = np.empty(field.shape, dtype)
+        first = 0
+        for name, shape in zip(field.parts, field.shapes, strict=True):
+            checkpoint.read_into(name, host[first : first + shape[0]])
+            first += shape[0]
+        target = ends if layer is None else by_layer[layer]
+        target[field.name] = to_device(host)
+        on_bytes(host.nbytes)
+    if config.tie_word_embeddings and layers.stop == config.num_hidden_layers:
+        ends["lm_head"] = ends["embed_tokens"]
+        if layers.start > 0:
+            del ends["embed_tokens"]
+    return StageWeights([LayerWeights(**by_layer[layer]) for layer in layers], **ends)
+
+
+def stage_bytes(config: ModelConfig, layers: range, dtype: np.dtype) -> int:
+    """Memory of the weights of a stage."""
+    elements = sum(np.prod(field.shape, dtype=int) for _, field in stage_fields(config, layers))
+    return int(elements) * np.dtype(dtype).itemsize
+
+
+def _table(config: ModelConfig) -> dict[str, Part | None]:
+    table = WEIGHTS | BIASES if config.attention_bias else dict(WEIGHTS)
+    if config.tie_word_embeddings:
+        del table["lm_head.weight"]
+    return table
+
+
+def _shape(part: Part, config: ModelConfig) -> tuple[int, ...]:
+    return tuple(getattr(config, size) for size in part.shape)
+
+
+def _names(template: str, config: ModelConfig) -> list[str]:
+    if "{}" not in template:
+        return [template]
+    return [template.format(layer) for layer in range(config.num_hidden_layers)]
+
+
+def _fields(config: ModelConfig, layer: int | None) -> dict[str, Field]:
+    """The table's fields of one layer (or of the model's ends), their parts gathered."""
+    gathered: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for template, part in _table(config).items():
+        if part is not None and ("{}" in template) == (layer is not None):
+            entry = (template.format(layer), _shape(part, config))
+            gathered.setdefault(part.field, []).append(entry)
+    return {
+        field: Field(field, *(tuple(column) for column in zip(*entries, strict=True)))
+        for field, entries in gathered.items()
+    }

@@ -1,0 +1,192 @@
+"""The command line: options in, one call, the result out."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cupyllama import __version__
+from cupyllama.errors import CupyllamaError
+
+INTERRUPTED = 130
+
+
+class _Failure(click.ClickException):
+    """An error of ours as one line and its exit code."""
+
+    def __init__(self, error: CupyllamaError):
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+        self.hint = error.hint
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"cupyllama: {self.message}", err=True)
+        if self.hint:
+            click.echo(f"  {self.hint}", err=True)
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CupyllamaError as error:
+            raise _Failure(error) from error
+        except KeyboardInterrupt:
+            click.echo("cupyllama: interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+class _TokensType(click.ParamType):
+    """A positive number of tokens, or auto."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        if value is None or isinstance(value, int) or value == "auto":
+            return None if value == "auto" else value
+        if not value.isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is neither auto nor a number of tokens", param, ctx)
+        return int(value)
+
+
+class _LimitType(click.ParamType):
+    """A number of questions, or a fraction of them below 1."""
+
+    name = "N|fraction"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            limit = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not 0 < limit < float("inf") or (limit >= 1 and limit != int(limit)):
+            self.fail(f"{value} is neither a number of questions nor a fraction", param, ctx)
+        return limit
+
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.group(
+    cls=_Group,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "max_content_width": 100,
+    },
+)
+@click.version_option(__version__, prog_name="cupyllama")
+def cli() -> None:
+    """Score multiple-choice benchmarks with large language models, by prefill alone."""
+
+
+@cli.command()
+@click.option("--model", type=_FILE, help="Checkpoint directory, as Hugging Face lays it out.")
+@click.option("--demo", is_flag=True, help="Score the packaged demo: its model, its questions.")
+@click.option("--tokenizer", type=_FILE, help="tokenizer.model or tokenizer.json, if elsewhere.")
+@click.option("--data", type=_FILE, help="Questions: .jsonl or six-line text, plain, .gz or .bz2.")
+@click.option("--task", "--tasks", help="Name in the results.  [default: hellaswag]")
+@click.option("--limit", type=_LimitType(), help="Only the first N questions, or that fraction.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float16", "bfloat16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Of weights and activations; sums are float32. auto: as saved, float32 on a CPU.",
+)
+@click.option(
+    "--micro-batch-tokens",
+    type=_TokensType(),
+    default="auto",
+    show_default=True,
+    help="Tokens computed at a time.",
+)
+@click.option(
+    "--convention",
+    type=click.Choice(["lm-eval", "fastertransformer", "llamacpp"]),
+    default="lm-eval",
+    show_default=True,
+    help="Whose text, tokenisation and normalisation.",
+)
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "yes", "no"]),
+    default="auto",
+    show_default=True,
+    help="Begin each row with BOS. auto: as the convention, else the tokenizer, has it.",
+)
+@click.option("--output", "--output-path", type=_FILE, help="Write the results as JSON.")
+@click.option("--samples", type=_FILE, help="Write one JSON line a question.")
+@click.option("--log-samples", is_flag=True, help="The same, beside --output.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, touching no GPU.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def score(
+    model: Path | None,
+    demo: bool,
+    output: Path | None,
+    samples: Path | None,
+    log_samples: bool,
+    bos: str,
+    **options: Any,
+) -> None:
+    """Score a model on a multiple-choice benchmark.
+
+    \b
+    The packaged demo, on whatever this machine has:
+      cupyllama score --demo
+    All of HellaSwag, from Hugging Face:
+      cupyllama score --model path/to/llama-7b --output results.json
+    A file of your own, {"query": …, "choices": […], "gold": 0} a line:
+      cupyllama score --model path/to/llama-7b --data questions.jsonl
+    """
+    from cupyllama.score import ScoreOptions
+    from cupyllama.score import score as run
+    from cupyllama.tasks.files import demo_directory
+
+    if demo == (model is not None):
+        raise click.UsageError("Give one of --model DIR and --demo.")
+    if demo:
+        model = demo_directory()
+        options["data"] = options["data"] or model / "questions.jsonl"
+        options["task"] = options["task"] or "demo"
+    if output is not None and output.is_dir():
+        output = output / "results.json"
+    if log_samples and samples is None:
+        if output is None:
+            raise click.UsageError("--log-samples writes beside --output FILE; give that too.")
+        samples = output.with_name(f"{output.stem}_samples.jsonl")
+    report = run(
+        ScoreOptions(
+            model=model,
+            output=output,
+            samples=samples,
+            bos={"yes": True, "no": False}.get(bos),
+            **options,
+        )
+    )
+    if report is not None:
+        click.echo(report.as_text())
+
+
+@cli.command()
+def doctor() -> None:
+    """Say what this machine offers, and the remedy for what is missing.
+
+    \b
+      cupyllama doctor
+    """
+    from cupyllama.doctor import examine
+
+    for finding in examine():
+        click.echo(f"{finding.mark} {finding.name:<10} {finding.found}")
+        if finding.remedy:
+            click.echo(f"  {'':<10} {finding.remedy}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(cli())

@@ -1,0 +1,1 @@
+"""Model families, one file each, written against the names in `cupyllama.ops`."""

@@ -1,0 +1,169 @@
+"""The operations in NumPy: their definition, and what runs on a machine without a GPU.
+
+Storage may be float32, float16 or bfloat16; every product, sum, norm and softmax is float32, and a
+result is rounded once, to the dtype it is stored in.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cupyllama.packing import MicroBatch
+
+# Shapes may vary from one micro-batch to the next: padding would only cost time.
+FIXED_SHAPES = False
+LOGIT_CHUNK = 1024
+
+
+def to_device(array: np.ndarray) -> np.ndarray:
+    """Where the operations want their arrays: here, where they are."""
+    return array
+
+
+def download(array: np.ndarray) -> Callable[[], np.ndarray]:
+    """Start the way back to the host; calling the result waits for it and gives the array."""
+    return lambda: array
+
+
+def upload(batch: MicroBatch) -> MicroBatch:
+    """The micro-batch where the operations want it."""
+    return batch
+
+
+def release_memory() -> None:
+    """Give unused memory back after an operation ran out of it."""
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory."""
+    return np.empty(shape, dtype)
+
+
+def embedding(token_ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Rows of the table: (tokens,) int32, (vocab, hidden) -> (tokens, hidden)."""
+    return weight[token_ids]
+
+
+def rmsnorm(
+    x: np.ndarray, weight: np.ndarray, eps: float, rows: np.ndarray | None = None
+) -> np.ndarray:
+    """x / sqrt(mean(x²) + eps) · weight (Zhang & Sennrich 2019): (tokens, hidden) -> the same.
+
+    With `rows` (n,) int32, of those rows of x only: -> (n, hidden).
+    """
+    x32 = _float32(x if rows is None else x[rows])
+    scale = 1 / np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(eps))
+    return (x32 * scale * _float32(weight)).astype(x.dtype)
+
+
+def linear(
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
+    out_dtype: np.dtype | None = None,
+) -> np.ndarray:
+    """x · weightᵀ + bias + residual: (tokens, in), (out, in), (out,), (tokens, out).
+
+    The caller gives `residual` up: an implementation may return the result in its memory.
+    """
+    y = _float32(x) @ _float32(weight).T
+    if bias is not None:
+        y += _float32(bias)
+    if residual is not None:
+        y += _float32(residual)
+    return y.astype(out_dtype or x.dtype, copy=False)
+
+
+def rope(
+    qkv: np.ndarray,
+    positions: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    num_heads: int,
+    num_key_value_heads: int,
+) -> np.ndarray:
+    """Rotate the queries and keys of qkv by their positions, in place (Su et al. 2021).
+
+    HF's rotate-half pairing: element i turns with element i + head_dim / 2.
+
+    Args:
+        qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q then k then v.
+        positions: (tokens,) int32.
+        cos, sin: (positions, head_dim / 2) float32.
+    """
+    tokens = len(qkv)
+    half = cos.shape[1]
+    rotated = num_heads + num_key_value_heads
+    heads = qkv.reshape(tokens, -1, 2 * half)[:, :rotated]
+    c, s = cos[positions][:, None], sin[positions][:, None]
+    a, b = _float32(heads[..., :half]), _float32(heads[..., half:])
+    heads[..., :half], heads[..., half:] = a * c - b * s, b * c + a * s
+    return qkv
+
+
+def attention(
+    qkv: np.ndarray, batch: MicroBatch, num_heads: int, num_key_value_heads: int
+) -> np.ndarray:
+    """softmax(q · kᵀ / sqrt(head_dim)) · v over the packed segments of `batch`, causal.
+
+    Args:
+        qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q and k rotated.
+
+    Returns:
+        (tokens, num_heads · head_dim).
+    """
+    tokens = len(qkv)
+    head_dim = qkv.shape[1] // (num_heads + 2 * num_key_value_heads)
+    group = num_heads // num_key_value_heads
+    heads = qkv.reshape(tokens, -1, head_dim)
+    out = np.empty((tokens, num_heads, head_dim), qkv.dtype)
+    for segment in range(len(batch.segment_start) - 1):
+        first, last = batch.segment_start[segment : segment + 2]
+        keys = batch.key_index[batch.key_start[segment] : batch.key_start[segment + 1]]
+        n, k = last - first, len(keys)
+        q = _float32(heads[first:last, :num_heads]).transpose(1, 0, 2)
+        q = q.reshape(num_key_value_heads, group * n, head_dim)
+        kv = _float32(heads[keys, num_heads:]).transpose(1, 2, 0)  # (2 · kv heads, head_dim, k)
+        scores = (q @ kv[:num_key_value_heads]) * np.float32(head_dim**-0.5)
+        scores = scores.reshape(num_heads, n, k)
+        unseen = np.arange(k) > np.arange(k - n, k)[:, None]
+        scores[:, unseen] = -np.inf
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(axis=-1, keepdims=True)
+        values = kv[num_key_value_heads:].transpose(0, 2, 1)
+        mixed = scores.reshape(num_key_value_heads, group * n, k) @ values
+        out[first:last] = mixed.reshape(num_heads, n, head_dim).transpose(1, 0, 2)
+    return out.reshape(tokens, num_heads * head_dim)
+
+
+def swiglu(gate_up: np.ndarray) -> np.ndarray:
+    """silu(gate) · up (Shazeer 2020), gate first: (tokens, 2 · n) -> (tokens, n)."""
+    gate, up = np.split(_float32(gate_up), 2, axis=1)
+    with np.errstate(over="ignore"):  # exp(-gate) overflows to inf where silu(gate) is 0
+        return (gate / (1 + np.exp(-gate)) * up).astype(gate_up.dtype)
+
+
+def log_probs(
+    logits: np.ndarray, target_start: np.ndarray, target_token: np.ndarray, out: np.ndarray
+) -> None:
+    """Write log softmax(logits) at the targets, and whether each target is the most likely token.
+
+    Args:
+        logits: (rows, vocab) float32.
+        target_start: (rows + 1,) int32; row r has the targets target_start[r]:target_start[r + 1].
+        target_token: (targets,) int32.
+        out: (2, targets) float32; the log-probability, and 1 or 0. The lowest token wins a tie.
+            Only columns target_start[0]:target_start[-1] are written.
+    """
+    target_row = np.repeat(np.arange(len(logits)), np.diff(target_start))
+    wanted = slice(target_start[0], target_start[-1])
+    peak = logits.max(axis=1)
+    log_sum = np.log(np.exp(logits - peak[:, None]).sum(axis=1)) + peak
+    out[0, wanted] = logits[target_row, target_token[wanted]] - log_sum[target_row]
+    out[1, wanted] = logits.argmax(axis=1)[target_row] == target_token[wanted]
+
+
+def _float32(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32, copy=False)

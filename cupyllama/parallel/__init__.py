@@ -1,0 +1,1 @@
+"""Which processor a process computes on."""

@@ -1,0 +1,133 @@
+"""The processor a process computes on: the GPU if there is a usable one, else the CPU."""
+
+import os
+import platform
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from cupyllama.errors import DeviceError
+
+INSTALL_CUDA = "Install CuPy for your driver: pip install 'cupyllama[cuda13]' (or [cuda12])."
+
+
+@dataclass(frozen=True)
+class Device:
+    """One processor, and the operations that run on it."""
+
+    kind: str  # "cuda" or "cpu"
+    name: str
+    ops: ModuleType
+    compute_capability: int = 0  # 90 for 9.0; 0 on a CPU
+
+    def free_bytes(self) -> int | None:
+        """Memory that can be had now, or None where the system does not say."""
+        if self.kind == "cuda":
+            import cupy
+
+            # What the pool holds without using it can be had as well.
+            return cupy.cuda.Device().mem_info[0] + cupy.get_default_memory_pool().free_bytes()
+        return _available_host_bytes()
+
+    def supports(self, dtype: str) -> bool:
+        """bfloat16 needs an Ampere GPU or newer."""
+        return dtype != "bfloat16" or self.kind == "cpu" or self.compute_capability >= 80
+
+
+def choose_device(kind: str) -> tuple[Device, str]:
+    """The device for `--device auto|cuda|cpu`, and why `auto` took the CPU, if it did.
+
+    Raises:
+        DeviceError: cuda is asked for and cannot be had.
+    """
+    if kind == "cpu":
+        return _cpu(), ""
+    reason = why_no_cuda()
+    if not reason:
+        return _cuda(), ""
+    if kind == "cuda":
+        raise DeviceError(f"no usable GPU: {reason}", "`cupyllama doctor` says what is missing.")
+    return _cpu(), reason
+
+
+def why_no_cuda() -> str:
+    """What keeps CuPy from a GPU, or an empty string."""
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed"
+    try:
+        if cupy.cuda.runtime.getDeviceCount() == 0:
+            return "CUDA sees no GPU"
+    except Exception as error:  # a missing driver or library: CUDARuntimeError, ImportError, …
+        return str(error).split("\n")[0]
+    return ""
+
+
+def _cpu() -> Device:
+    from cupyllama.ops import reference
+
+    return Device("cpu", _processor_name(), reference)
+
+
+def _cuda() -> Device:
+    import cupy
+
+    from cupyllama.ops import cuda
+
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    capability = 10 * properties["major"] + properties["minor"]
+    return Device("cuda", properties["name"].decode(), cuda, capability)
+
+
+def storage_dtype(name: str) -> np.dtype:
+    """The NumPy dtype of `float32`, `float16` or `bfloat16`."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def choose_dtype(asked: str, saved: str, device: Device) -> str:
+    """`--dtype`: as saved (float32 as float16) on a GPU, float32 on a CPU, where auto is asked.
+
+    Raises:
+        DeviceError: the device cannot compute in the dtype asked for.
+    """
+    if asked != "auto":
+        if not device.supports(asked):
+            raise DeviceError(
+                f"{device.name} has no {asked}", "Give --dtype float16, or float32 to be exact."
+            )
+        return asked
+    if device.kind == "cpu":
+        return "float32"
+    return gpu_dtype(saved) if device.supports(saved) else "float16"
+
+
+def gpu_dtype(saved: str) -> str:
+    """The 16-bit dtype nearest to what a checkpoint was saved in."""
+    return "bfloat16" if saved == "bfloat16" else "float16"
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line for line in file if line.startswith("model name")), ":")
+            name = name.split(":", 1)[1].strip()
+    except OSError:
+        name = platform.processor()
+    return f"{name or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def _available_host_bytes() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return None

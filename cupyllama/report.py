@@ -1,0 +1,209 @@
+"""What a run found: accuracies, the table that a person reads, and the files that machines read."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyllama.errors import OutputError
+from cupyllama.tasks.question import Question
+
+# How a choice's log-likelihood is normalised before the best one is picked.
+NORMALISATIONS = {
+    "acc": "sum of log-probabilities",
+    "acc_norm": "per character",
+    "acc_bytes": "per UTF-8 byte",
+    "acc_tokens": "per token",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean over the questions, and its standard error."""
+
+    value: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Every question's scores and the choice that each normalisation picks."""
+
+    questions: Sequence[Question]
+    choice_start: np.ndarray  # (questions + 1,)
+    loglikelihoods: np.ndarray  # (choices,) float64
+    is_greedy: np.ndarray  # (choices,) bool
+    num_tokens: np.ndarray  # (choices,)
+    picks: dict[str, np.ndarray] = field(init=False)  # normalisation -> (questions,)
+
+    def __post_init__(self):
+        choices = [choice for question in self.questions for choice in question.choices]
+        lengths = {
+            "acc": np.ones(len(choices)),
+            "acc_norm": np.array([len(choice) for choice in choices]),
+            "acc_bytes": np.array([len(choice.encode()) for choice in choices]),
+            "acc_tokens": self.num_tokens,
+        }
+        bounds = list(zip(self.choice_start[:-1], self.choice_start[1:], strict=True))
+        picks = {}
+        for name, length in lengths.items():
+            normalised = self.loglikelihoods / length
+            # argmax takes the first of equals, as lm-eval does
+            picks[name] = np.array([int(np.argmax(normalised[a:b])) for a, b in bounds])
+        object.__setattr__(self, "picks", picks)
+
+    def metrics(self) -> dict[str, Metric]:
+        """Accuracy under each normalisation; stderr is the sample standard deviation / √n."""
+        gold = np.array([question.gold for question in self.questions])
+        metrics = {}
+        for name, picked in self.picks.items():
+            right = (picked == gold).astype(float)
+            n = len(right)
+            stderr = float(np.std(right, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+            metrics[name] = Metric(float(right.mean()), stderr)
+        return metrics
+
+    def samples(self) -> Iterable[dict[str, Any]]:
+        """One record a question."""
+        for doc_id, question in enumerate(self.questions):
+            span = slice(self.choice_start[doc_id], self.choice_start[doc_id + 1])
+            yield {
+                "doc_id": doc_id,
+                "gold": question.gold,
+                "loglikelihoods": self.loglikelihoods[span].tolist(),
+                "num_tokens": self.num_tokens[span].tolist(),
+                "is_greedy": self.is_greedy[span].tolist(),
+                "pred": int(self.picks["acc"][doc_id]),
+                "pred_norm": int(self.picks["acc_norm"][doc_id]),
+            }
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a run has to say."""
+
+    task: str
+    metrics: dict[str, Metric]
+    headline: str  # the normalisation that the convention reports
+    questions: int
+    questions_in_file: int
+    tokens_asked: int
+    tokens_computed: int
+    truncated_rows: int
+    seconds: dict[str, float]  # loading, preparing, evaluating
+    settings: dict[str, Any]  # model, convention, BOS, dtype, device, micro-batches
+    digests: dict[str, str]
+    versions: dict[str, str]
+    date: float  # seconds since the epoch, when the run began
+
+    @property
+    def questions_per_second(self) -> float:
+        return self.questions / max(self.seconds["evaluating"], 1e-9)
+
+    def as_json(self) -> dict[str, Any]:
+        """lm-eval's results keys, and under `cupyllama` what it has no key for."""
+        results: dict[str, Any] = {"alias": self.task}
+        for name, metric in self.metrics.items():
+            results[f"{name},none"] = metric.value
+            results[f"{name}_stderr,none"] = _finite(metric.stderr)
+        return {
+            "results": {self.task: results},
+            "n-samples": {
+                self.task: {"original": self.questions_in_file, "effective": self.questions}
+            },
+            "config": self.settings,
+            "versions": {self.task: 1.0},
+            "date": self.date,
+            "total_evaluation_time_seconds": str(sum(self.seconds.values())),
+            "cupyllama": {
+                "headline": self.headline,
+                "questions_per_second": self.questions_per_second,
+                "seconds": self.seconds,
+                "tokens_asked": self.tokens_asked,
+                "tokens_computed": self.tokens_computed,
+                "truncated_rows": self.truncated_rows,
+                "digests": self.digests,
+                "versions": self.versions,
+            },
+        }
+
+    def as_text(self) -> str:
+        """One screen."""
+        settings = self.settings
+        bos = "with BOS" if settings["bos"] else "without BOS"
+        lines = [
+            f"{self.task}: {self.questions:,} questions, {settings['convention']} convention {bos}",
+            f"{settings['model']} in {settings['dtype']} on {settings['device']}",
+            "",
+            f"  {'accuracy':<12}{'%':>7}   {'± stderr':>8}   normalised",
+        ]
+        for name, metric in self.metrics.items():
+            mark = "*" if name == self.headline else " "
+            lines.append(
+                f"{mark} {name:<12}{100 * metric.value:>7.2f}   {100 * metric.stderr:>8.2f}   "
+                f"{NORMALISATIONS[name]}"
+            )
+        ratio = self.tokens_asked / max(self.tokens_computed, 1)
+        seconds = self.seconds
+        lines += [
+            "",
+            f"  {self.questions_per_second:,.1f} questions/s; {self.tokens_asked:,} tokens asked, "
+            f"{self.tokens_computed:,} computed ({ratio:.2f} times fewer)",
+            f"  {seconds['loading']:.1f} s loading, {seconds['preparing']:.1f} s preparing, "
+            f"{seconds['evaluating']:.1f} s evaluating",
+        ]
+        if self.truncated_rows:
+            lines.append(
+                f"  {self.truncated_rows:,} rows were longer than the model allows and kept their "
+                "last tokens"
+            )
+        return "\n".join(lines)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file that is there whole or not at all."""
+    _write_whole(path, [json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"])
+
+
+def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """A file of one JSON object a line that is there whole or not at all."""
+    _write_whole(path, (json.dumps(record, allow_nan=False) + "\n" for record in records))
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the run, not after it, that a result could not be written.
+
+    Raises:
+        OutputError: the directory is missing or refuses a new file.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory", "Give the name of a file.")
+
+
+def _write_whole(path: Path, chunks: Iterable[str]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror}", "Is there space left on the disk?"
+        ) from error
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

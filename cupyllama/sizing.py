@@ -1,0 +1,31 @@
+"""How many tokens a micro-batch has, and what memory it takes."""
+
+from cupyllama.config import ModelConfig
+from cupyllama.parallel.devices import Device, storage_dtype
+
+DEFAULT_TOKENS = 8192
+LEAST_TOKENS = 256
+
+
+def micro_batch_tokens(
+    asked: int | None, longest_row: int, config: ModelConfig, device: Device, dtype: str
+) -> int:
+    """The size asked for, or the default, halved until its activations fit the free memory."""
+    if asked is not None:
+        return asked
+    size, free = max(DEFAULT_TOKENS, longest_row), device.free_bytes()
+    while (
+        free is not None
+        and size // 2 >= max(longest_row, LEAST_TOKENS)
+        and activation_bytes(config, size, dtype, device.ops.LOGIT_CHUNK) > 0.9 * free
+    ):
+        size //= 2
+    return size
+
+
+def activation_bytes(config: ModelConfig, tokens: int, dtype: str, logit_chunk: int) -> int:
+    """Memory of a micro-batch at its peak: in the MLP, with the attention's arrays still held."""
+    itemsize = storage_dtype(dtype).itemsize
+    row = 2 * config.hidden_size + config.qkv_size + config.q_size + 3 * config.intermediate_size
+    logits = logit_chunk * (4 * config.vocab_size + itemsize * config.hidden_size)
+    return tokens * row * itemsize + logits
