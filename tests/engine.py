@@ -1,0 +1,42 @@
+"""The engine as the tests drive it: token rows in, scores out, no text and no files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cupyllama.checkpoint.llama import load_stage
+from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
+from cupyllama.config import load_config
+from cupyllama.evaluate import ChoiceScores, evaluate, plan
+from cupyllama.model.llama import Stage
+from cupyllama.ops import reference
+from cupyllama.packing import TokenRow
+
+
+def build_stage(model: Path, ops=reference, dtype=np.float32, positions: int = 512) -> Stage:
+    """All layers of a checkpoint directory."""
+    config = load_config(model)
+    layers = range(config.num_hidden_layers)
+    weights = load_stage(
+        SafetensorsCheckpoint(model), config, layers, np.dtype(dtype), ops.to_device
+    )
+    return Stage(config, weights, ops, positions)
+
+
+def question_rows(questions: Sequence[dict]) -> list[TokenRow]:
+    """One row a choice of questions given as token ids: {"context": …, "endings": […]}."""
+    rows: list[TokenRow] = []
+    for question in questions:
+        context = question["context"]
+        for ending in question["endings"]:
+            rows.append(TokenRow(context + ending, len(context), len(rows)))
+    return rows
+
+
+def score_rows(
+    stage: Stage, rows: Sequence[TokenRow], micro_batch_tokens: int = 1024
+) -> ChoiceScores:
+    """Every row's log-likelihood."""
+    batches = plan(rows, micro_batch_tokens, stage.ops)
+    return evaluate(stage, rows, batches, micro_batch_tokens)

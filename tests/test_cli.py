@@ -1,0 +1,235 @@
+"""The command line as a user meets it: results, files, exit codes, one-line errors."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+from tiny_models import write_tiny_model
+from tiny_tokenizer import write_tokenizer
+
+from cupyllama.cli import cli
+
+QUESTIONS = [
+    {"query": "She pours the", "choices": ["tea.", "roof.", "snow."], "gold": 0},
+    {"query": "The man on the roof", "choices": ["is removing shingles.", "jumps."], "gold": 0},
+    {"query": "A lady walks to a", "choices": ["barbell.", "canoe.", "mat.", "cup."], "gold": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """A tiny model with its tokenizer, and three questions."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_tokenizer(write_tiny_model("gqa", folder / "model"))
+    (folder / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    return folder
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    """A copy that a test may break."""
+    return shutil.copytree(pristine, tmp_path / "work")
+
+
+def score(folder, *arguments, model="model", data="q.jsonl"):
+    fixed = ["--model", folder / model, "--data", folder / data, "--device", "cpu", "--quiet"]
+    return CliRunner().invoke(cli, ["score", *map(str, [*fixed, *arguments])])
+
+
+def fails(result, exit_code, *parts):
+    """One line and a hint on stderr, nothing on stdout, no traceback."""
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    for part in parts:
+        assert str(part) in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().split("\n")) <= 2
+
+
+def test_results_and_samples(folder):
+    output, samples = folder / "results.json", folder / "samples.jsonl"
+    result = score(folder, "--output", output, "--samples", samples)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [line["doc_id"] for line in lines] == [0, 1, 2]
+    assert [len(line["loglikelihoods"]) for line in lines] == [3, 2, 4]
+    assert list(lines[0]) == [
+        *("doc_id", "gold", "loglikelihoods", "num_tokens", "is_greedy", "pred", "pred_norm")
+    ]
+    report = json.loads(output.read_text())
+    right = [int(np.argmax(line["loglikelihoods"])) == line["gold"] for line in lines]
+    assert report["results"]["q"]["acc,none"] == pytest.approx(np.mean(right))
+    assert report["n-samples"] == {"q": {"original": 3, "effective": 3}}
+    config, extra = report["config"], report["cupyllama"]
+    assert (config["convention"], config["bos"], config["dtype"]) == ("lm-eval", True, "float32")
+    assert set(extra["digests"]) == {"model", "tokenizer", "data"}
+    assert extra["tokens_asked"] > extra["tokens_computed"] > 0
+    for part in ("q: 3 questions", "acc_norm", "acc_tokens", "tokens asked", "s loading"):
+        assert part in result.stdout
+
+
+def test_lm_evals_spellings(folder):
+    arguments = ["--output_path", folder / "out.json", "--log_samples", "--micro_batch_tokens"]
+    assert score(folder, *arguments, "64").exit_code == 0
+    assert (folder / "out_samples.jsonl").read_text().count("\n") == 3
+    assert json.loads((folder / "out.json").read_text())["config"]["micro_batch_tokens"] == [64]
+    assert score(folder, "--output_path", folder).exit_code == 0
+    assert (folder / "results.json").is_file()
+
+
+def test_limit(folder):
+    for limit, count in [("2", 2), ("0.5", 2), ("99", 3)]:
+        score(folder, "--limit", limit, "--samples", folder / "s.jsonl")
+        assert (folder / "s.jsonl").read_text().count("\n") == count
+
+
+def test_dtypes_on_the_cpu(folder):
+    scores = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        result = score(folder, "--dtype", dtype, "--samples", folder / f"{dtype}.jsonl")
+        assert result.exit_code == 0, result.output
+        lines = (folder / f"{dtype}.jsonl").read_text().splitlines()
+        scores[dtype] = np.concatenate([json.loads(line)["loglikelihoods"] for line in lines])
+    assert 0 < np.abs(scores["float16"] - scores["float32"]).max() < 0.1
+    assert 0 < np.abs(scores["bfloat16"] - scores["float32"]).max() < 0.8
+
+
+def test_dry_run_loads_no_weights(folder):
+    (folder / "model" / "model.safetensors").unlink()
+    result = score(folder, "--dry-run", "--output", folder / "r.json")
+    assert result.exit_code == 0, result.output
+    for part in ("3 questions, 9 rows", "micro-batches of 8,192 tokens", "GB of weights"):
+        assert part in result.stdout
+    assert not (folder / "r.json").exists()
+
+
+def test_conventions_and_bos(folder):
+    seen = set()
+    for convention, bos in [("lm-eval", True), ("fastertransformer", False), ("llamacpp", True)]:
+        result = score(folder, "--convention", convention, "--output", folder / "r.json")
+        assert result.exit_code == 0, result.output
+        report = json.loads((folder / "r.json").read_text())
+        assert (report["config"]["convention"], report["config"]["bos"]) == (convention, bos)
+        seen.add(report["cupyllama"]["tokens_asked"])
+    no_bos = score(folder, "--bos", "no", "--output", folder / "r.json")
+    assert no_bos.exit_code == 0
+    assert json.loads((folder / "r.json").read_text())["config"]["bos"] is False
+
+
+def test_usage(folder):
+    run = CliRunner().invoke
+    assert run(cli, ["score"]).exit_code == 2
+    assert run(cli, ["score", "--demo", "--model", "x"]).exit_code == 2
+    assert score(folder, "--log-samples").exit_code == 2
+    for option in (
+        *(["--limit", "0"], ["--limit", "1.5"], ["--limit", "x"], ["--dtype", "int8"]),
+        *(["--micro-batch-tokens", "0"], ["--micro-batch-tokens", "many"], ["--bos", "perhaps"]),
+    ):
+        assert score(folder, *option).exit_code == 2, option
+    fails(score(folder, "--micro-batch-tokens", "4"), 2, "does not fit a micro-batch of 4")
+
+
+def test_every_command_helps():
+    for name, command in cli.commands.items():
+        assert command.help and f"cupyllama {name}" in command.help
+        assert CliRunner().invoke(cli, [name, "--help"]).exit_code == 0
+
+
+def test_doctor_names_a_remedy_for_what_is_missing():
+    result = CliRunner().invoke(cli, ["doctor"])
+    assert result.exit_code == 0, result.output
+    for part in ("Python", "CPU", "driver", "GPU", "CuPy", "NVRTC", "cuBLAS", "NCCL", "MPI"):
+        assert part in result.output
+
+
+def test_missing_paths(folder):
+    fails(score(folder, model="nowhere"), 3, folder / "nowhere", "no such directory")
+    fails(score(folder, data="nowhere.jsonl"), 4, folder / "nowhere.jsonl", "No such file")
+    fails(score(folder, "--tokenizer", folder / "t.model"), 3, folder / "t.model", "No such file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_path(folder):
+    (folder / "q.jsonl").chmod(0)
+    fails(score(folder), 4, folder / "q.jsonl", "Permission denied")
+
+
+def change_weights(folder, name, change):
+    path = folder / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_log_likelihood_that_is_no_number_is_located(folder, value):
+    # the embedding of a token that only question 1, choice 0 feeds
+    from cupyllama.tokenizer import SentencePieceTokenizer
+
+    tokenizer = SentencePieceTokenizer(folder / "model" / "tokenizer.model")
+    texts = [f"{q['query']} {c}" for q in QUESTIONS for c in q["choices"]]
+    fed = [set(ids[:-1]) for ids in tokenizer.encode(texts)]
+    only = fed[3] - set.union(*fed[:3], *fed[4:])
+    assert only
+
+    def poison(embedding):
+        embedding[sorted(only)] = value
+        return embedding
+
+    change_weights(folder, "model.embed_tokens.weight", poison)
+    outputs = ["--output", folder / "r.json", "--samples", folder / "s.jsonl"]
+    fails(score(folder, *outputs), 3, "question 1, choice 0", "nan")
+    assert not (folder / "r.json").exists() and not (folder / "s.jsonl").exists()
+
+
+def test_broken_model_and_tokenizer(folder):
+    write_tokenizer(folder / "model", 321)
+    fails(score(folder), 3, "has 321 tokens, but the embedding", "320 rows")
+    write_tokenizer(folder / "model")
+    weights = folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    output = folder / "r.json"
+    fails(score(folder, "--output", output), 3, weights, "truncated", "download complete")
+    assert not output.exists()
+
+
+def test_no_gpu(folder, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    command = ["-m", "cupyllama", "score", "--model", folder / "model", "--device", "cuda"]
+    answer = subprocess.run(
+        [sys.executable, *map(str, command), "--data", str(folder / "q.jsonl")],
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 5 and answer.stdout == ""
+    assert "no usable GPU" in answer.stderr and "cupyllama doctor" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_results_that_cannot_be_written(folder):
+    fails(score(folder, "--output", folder / "no" / "r.json"), 1, "r.json", "cannot be written")
+    fails(score(folder, "--samples", folder / "model"), 1, "model: is a directory")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk(folder):
+    """A small file system of its own needs root, so the limit on file sizes stands in for it."""
+    output = folder / "samples.jsonl"
+    command = [sys.executable, "-m", "cupyllama", "score", "--model", folder / "model", "--device"]
+    command += ["cpu", "--data", folder / "q.jsonl", "--samples", output]
+    limited = "import resource, signal, sys, runpy\n"
+    limited += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+    limited += "sys.argv = sys.argv[1:]\nrunpy.run_module('cupyllama', run_name='__main__')"
+    command[1:3] = ["-c", limited, "cupyllama"]
+    answer = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert answer.returncode == 1, answer.stderr
+    assert f"{output}: cannot be written: File too large" in answer.stderr
+    assert "Traceback" not in answer.stderr and os.listdir(folder) == ["model", "q.jsonl"]

@@ -1,0 +1,107 @@
+"""Packed equals unpacked, and a run that goes on when memory ends."""
+
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine import build_stage, question_rows, score_rows
+from tiny_models import write_tiny_model
+
+from cupyllama.errors import DeviceError
+from cupyllama.evaluate import evaluate, plan
+from cupyllama.ops import reference
+from cupyllama.packing import TokenRow
+
+RECORDED = json.loads(
+    (Path(__file__).parent / "data" / "transformers_loglikelihoods.json").read_text()
+)["models"]
+
+
+def random_rows(rng: np.random.Generator, questions: int, vocab: int = 300) -> list[TokenRow]:
+    """Choices that share contexts, and contexts that share beginnings."""
+    rows: list[TokenRow] = []
+    beginning = rng.integers(3, vocab, 12).tolist()
+    for _ in range(questions):
+        context = [1, *beginning[: rng.integers(0, 12)]]
+        context += rng.integers(3, vocab, rng.integers(0, 30)).tolist()
+        for _ in range(rng.integers(1, 5)):
+            choice = rng.integers(3, vocab, rng.integers(1, 12)).tolist()
+            rows.append(TokenRow(context + choice, len(context), len(rows)))
+    return rows
+
+
+@pytest.mark.parametrize("name", ["gqa", "llama3_rope", "attention_bias", "odd"])
+def test_packed_equals_one_row_at_a_time(name, tmp_path):
+    stage = build_stage(write_tiny_model(name, tmp_path))
+    rng = np.random.default_rng()
+    print("seed", rng.bit_generator.seed_seq.entropy)
+    rows = random_rows(rng, 12)
+    alone = []
+    for row in rows:
+        scores = score_rows(stage, [TokenRow(row.token_ids, row.first_target, 0)])
+        alone.append(scores.loglikelihoods[0])
+    for micro_batch_tokens in (48, 100, 1000):
+        packed = score_rows(stage, rows, micro_batch_tokens)
+        # 1e-5 a token: float32 holds a log-likelihood of 100 nats to no more than that
+        targets = [len(row.token_ids) - row.first_target for row in rows]
+        assert (np.abs(packed.loglikelihoods - alone) / targets).max() < 1e-5
+    assert packed.tokens_computed < sum(len(row.token_ids) - 1 for row in rows)
+
+
+def forgetful(limit: int, failures: list[int]) -> types.SimpleNamespace:
+    """The reference operations on a device that cannot hold more than `limit` tokens."""
+    ops = types.SimpleNamespace(**vars(reference))
+
+    def swiglu(gate_up):
+        if len(gate_up) > limit:
+            failures.append(len(gate_up))
+            raise MemoryError
+        return reference.swiglu(gate_up)
+
+    ops.swiglu = swiglu
+    return ops
+
+
+def test_out_of_memory_halves_the_micro_batch_and_goes_on(tmp_path):
+    model = write_tiny_model("gqa", tmp_path)
+    rows = question_rows(RECORDED["gqa"])
+    expected = score_rows(build_stage(model), rows).loglikelihoods
+    failures, halved, done = [], [], []
+    stage = build_stage(model, forgetful(150, failures))
+    batches = plan(rows, 512, stage.ops)
+    scores = evaluate(stage, rows, batches, 512, done.extend, halved.append)
+    assert failures and halved == [256, 128]
+    assert scores.micro_batch_tokens == [512, 256, 128]
+    np.testing.assert_allclose(scores.loglikelihoods, expected, atol=1e-4)
+    assert sorted(done) == list(range(len(rows)))
+
+
+def test_memory_that_ends_half_way_keeps_what_is_done(tmp_path):
+    model = write_tiny_model("gqa", tmp_path)
+    rows = question_rows(RECORDED["gqa"])
+    expected = score_rows(build_stage(model), rows).loglikelihoods
+    stage = build_stage(model)
+    calls = []
+
+    def embedding(token_ids, weight):
+        calls.append(len(token_ids))
+        if len(calls) == 3:
+            raise MemoryError
+        return reference.embedding(token_ids, weight)
+
+    stage.ops = types.SimpleNamespace(**{**vars(reference), "embedding": embedding})
+    done = []
+    scores = evaluate(stage, rows, plan(rows, 128, stage.ops), 128, done.extend)
+    np.testing.assert_allclose(scores.loglikelihoods, expected, atol=1e-4)
+    assert sorted(done) == list(range(len(rows)))  # none twice
+    assert scores.micro_batch_tokens[0] == 128 and 64 <= scores.micro_batch_tokens[1] < 128
+
+
+def test_memory_for_not_even_the_longest_row(tmp_path):
+    rows = question_rows(RECORDED["gqa"])
+    stage = build_stage(write_tiny_model("gqa", tmp_path), forgetful(10, []))
+    with pytest.raises(DeviceError, match="out of memory with micro-batches of") as error:
+        evaluate(stage, rows, plan(rows, 256, stage.ops), 256)
+    assert error.value.exit_code == 5

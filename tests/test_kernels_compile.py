@@ -1,0 +1,83 @@
+"""Every kernel compiles for every GPU generation, without a GPU, and keeps to its registers."""
+
+import re
+import subprocess
+import sys
+from importlib import resources
+
+import pytest
+
+from cupyllama import kernels
+
+ARCHS = (75, 80, 86, 89, 90, 100, 120)
+SYSTEM_HEADERS = {"cuda_fp16.h", "cuda_bf16.h"}
+FILES = sorted(
+    entry.name
+    for entry in resources.files(kernels).iterdir()
+    if entry.name.endswith((".cu", ".cuh"))
+)
+
+
+def _compile(filename, arch, **constants):
+    pytest.importorskip("cupy")
+    return kernels.compile_cubin(filename, arch, **constants)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_spills(arch):
+    for filename, constants in kernels.variants(arch):
+        cubin, log = _compile(filename, arch, **constants)
+        assert cubin.startswith(b"\x7fELF"), f"{filename} {constants}"
+        usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", log)
+        assert usage, f"{filename} {constants}: {log}"
+        assert set(usage) == {("0", "0", "0")}, f"{filename} {constants}: {log}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_shared_memory_fits(arch):
+    limit = 64 * 1024 if arch == 75 else 99 * 1024
+    for filename, constants in kernels.variants(arch):
+        if filename == "attention_mma.cu":
+            assert kernels.attention_mma_shared_bytes(constants) <= limit, constants
+
+
+def test_every_file_has_a_variant():
+    covered = {filename for arch in ARCHS for filename, _ in kernels.variants(arch)}
+    assert covered == {name for name in FILES if name.endswith(".cu")}
+
+
+@pytest.mark.parametrize("filename", FILES)
+def test_includes(filename):
+    text = resources.files(kernels).joinpath(filename).read_text(encoding="utf-8")
+    for header in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', text, re.MULTILINE):
+        assert header in SYSTEM_HEADERS or header in FILES, header
+    assert not re.search(r'#include "', kernels.source(filename)), "a local header was not pasted"
+
+
+@pytest.mark.parametrize("broken", ["rope.cu", "common.cuh"])
+def test_errors_name_file_and_line(monkeypatch, broken):
+    clean = kernels.source
+    marker = {"rope.cu": "constexpr int HALF", "common.cuh": "constexpr unsigned ALL_LANES"}[broken]
+
+    def with_error(filename):
+        return clean(filename).replace(marker, f"nonsense {marker}")
+
+    text = resources.files(kernels).joinpath(broken).read_text(encoding="utf-8")
+    line = text[: text.index(marker)].count("\n") + 1
+    monkeypatch.setattr(kernels, "source", with_error)
+    with pytest.raises(RuntimeError, match=rf"{re.escape(broken)}\({line}\): error"):
+        _compile("rope.cu", 80, **kernels.rope_constants("FP16", 128, 32, 32))
+
+
+def test_import_is_free():
+    code = "import sys, cupyllama.kernels; sys.exit('cupy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("itemsize, storage", [(2, "FP16"), (4, "FP32")])
+@pytest.mark.parametrize("hidden", [1, 96, 331, 4096, 6656, 8192, 8193, 16384])
+def test_rmsnorm_threads_cover_the_row(hidden, itemsize, storage):
+    threads = kernels.rmsnorm_constants(storage, hidden)["THREADS"]
+    packs = hidden // kernels.pack_width(hidden, itemsize)
+    assert threads % 32 == 0 and 32 <= threads <= 1024
+    assert -(-packs // threads) <= 32

@@ -1,0 +1,111 @@
+"""Micro-batches against the rows they were made from, read back by other means."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cupyllama.errors import UsageError
+from cupyllama.packing import MicroBatch, TokenRow, common_prefix_length, pack
+
+
+@st.composite
+def token_rows(draw) -> list[TokenRow]:
+    """Rows over few tokens, so that they share prefixes, repeat, and are prefixes of each other."""
+    bodies = draw(
+        st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=9), min_size=1, max_size=30)
+    )
+    return [
+        TokenRow(body, draw(st.integers(1, len(body) - 1)), choice)
+        for choice, body in enumerate(bodies)
+    ]
+
+
+def row_of_place(batch: MicroBatch) -> dict[int, tuple[int, ...]]:
+    """For every packed place, the tokens from the row's beginning up to it."""
+    rows = {}
+    for segment in range(len(batch.segment_start) - 1):
+        first, last = batch.segment_start[segment : segment + 2]
+        keys = batch.key_index[batch.key_start[segment] : batch.key_start[segment + 1]]
+        assert keys[len(keys) - (last - first) :].tolist() == list(range(first, last))
+        tokens = batch.token_ids[keys].tolist()
+        assert batch.positions[keys].tolist() == list(range(len(keys)))
+        for place in range(first, last):
+            rows[place] = tuple(tokens[: len(keys) - (last - 1 - place)])
+    return rows
+
+
+@given(token_rows(), st.integers(8, 40), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_every_target_is_predicted_from_its_own_row(rows, capacity, pad):
+    found: dict[int, list[tuple[tuple[int, ...], int]]] = {row.choice: [] for row in rows}
+    for batch in pack(rows, capacity, logit_chunk=4, pad=pad):
+        before = row_of_place(batch)
+        assert sorted(before) == list(range(len(batch.token_ids)))
+        target_row = np.repeat(batch.logit_rows, np.diff(batch.target_start))
+        targets = zip(target_row, batch.target_token, batch.target_choice, strict=True)
+        for place, token, choice in targets:
+            found[int(choice)].append((before[int(place)], int(token)))
+    for row in rows:
+        expected = [
+            (tuple(row.token_ids[:place]), row.token_ids[place])
+            for place in range(row.first_target, len(row.token_ids))
+        ]
+        assert found[row.choice] == expected
+
+
+@given(token_rows(), st.integers(8, 40))
+@settings(max_examples=200, deadline=None)
+def test_a_micro_batch_computes_each_prefix_once(rows, capacity):
+    by_choice = {row.choice: row for row in rows}
+    for batch in pack(rows, capacity, pad=False):
+        prefixes = {
+            tuple(by_choice[int(choice)].token_ids[:length])
+            for choice in np.unique(batch.target_choice)
+            for length in range(1, len(by_choice[int(choice)].token_ids))
+        }
+        assert len(batch.token_ids) == len(prefixes) <= capacity
+
+
+@given(token_rows(), st.integers(8, 300))
+@settings(max_examples=100, deadline=None)
+def test_padded_micro_batches_have_one_shape(rows, capacity):
+    for batch in pack(rows, capacity, logit_chunk=8, pad=True):
+        assert len(batch.token_ids) == len(batch.positions) == capacity
+        assert len(batch.logit_rows) % 8 == 0
+        assert len(batch.target_start) == len(batch.logit_rows) + 1
+        assert batch.target_start[-1] == len(batch.target_token)
+        assert np.all(np.diff(batch.logit_rows) >= 0)
+
+
+def test_worked_example():
+    # <s>=1; two questions: "5 6" -> "7 8" or "7 9 9", and "5" -> "2"
+    rows = [TokenRow([1, 5, 6, 7, 8], 3, 0), TokenRow([1, 5, 6, 7, 9, 9], 3, 1)]
+    rows += [TokenRow([1, 5, 2], 2, 2)]
+    (batch,) = pack(rows, 16, pad=False)
+    # sorted: [1 5 2] [1 5 6 7 8] [1 5 6 7 9 9]; the last token of each is not fed
+    assert batch.token_ids.tolist() == [1, 5, 6, 7, 9]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4]
+    assert batch.segment_start.tolist() == [0, 2, 4, 5]
+    assert batch.key_start.tolist() == [0, 2, 6, 11]
+    assert batch.key_index.tolist() == [0, 1] + [0, 1, 2, 3] + [0, 1, 2, 3, 4]
+    assert batch.logit_rows.tolist() == [1, 2, 3, 4]
+    assert batch.target_start.tolist() == [0, 1, 3, 5, 6]
+    assert batch.target_token.tolist() == [2, 7, 7, 8, 9, 9]
+    assert batch.target_choice.tolist() == [2, 0, 1, 0, 1, 1]
+
+
+def test_a_row_that_fits_no_micro_batch_is_refused():
+    with pytest.raises(UsageError, match="a row of 9 tokens does not fit a micro-batch of 8"):
+        list(pack([TokenRow(list(range(10)), 1, 0)], 8))
+
+
+def test_no_rows_make_no_micro_batch():
+    assert list(pack([], 8)) == []
+
+
+@given(st.lists(st.integers(0, 1), max_size=6), st.lists(st.integers(0, 1), max_size=6))
+def test_common_prefix_length(a, b):
+    n = common_prefix_length(np.array(a, np.int32), np.array(b, np.int32))
+    assert a[:n] == b[:n]
+    assert n == min(len(a), len(b)) or a[n] != b[n]

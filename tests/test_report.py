@@ -1,0 +1,94 @@
+"""Accuracies worked by hand, and result files that are there whole or not at all."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+
+from cupyllama.errors import OutputError
+from cupyllama.report import Answers, check_writable, write_json, write_json_lines
+from cupyllama.tasks.question import Question
+
+QUESTIONS = [
+    Question("a", ("xx", "yyyy"), 1),  # per character the longer one wins
+    Question("b", ("é", "zz"), 0),  # é: one character, two bytes
+    Question("c", ("p", "q", "r"), 2),  # equal: the first is picked
+]
+ANSWERS = Answers(
+    QUESTIONS,
+    choice_start=np.array([0, 2, 4, 7]),
+    loglikelihoods=np.array([-4.0, -6.0, -3.0, -3.5, -1.0, -1.0, -1.0]),
+    is_greedy=np.array([True, False, False, False, True, False, False]),
+    num_tokens=np.array([1, 2, 1, 3, 1, 1, 1]),
+)
+
+
+def test_accuracy_under_each_normalisation():
+    picks = {name: picked.tolist() for name, picked in ANSWERS.picks.items()}
+    assert picks == {
+        "acc": [0, 0, 0],  # -4 > -6; -3 > -3.5
+        "acc_norm": [1, 1, 0],  # -2 < -1.5; -3 < -1.75
+        "acc_bytes": [1, 0, 0],  # -1.5 > -1.75
+        "acc_tokens": [1, 1, 0],  # -4 < -3; -3 < -1.17
+    }
+    metrics = ANSWERS.metrics()
+    assert metrics["acc"].value == pytest.approx(1 / 3)
+    assert metrics["acc_bytes"].value == pytest.approx(2 / 3)
+    # sample variance of [1, 1, 0] is 1/3; its root over √3 is 1/3
+    assert metrics["acc_bytes"].stderr == pytest.approx(1 / 3)
+
+
+def test_one_question_has_no_standard_error():
+    one = Answers(QUESTIONS[:1], np.array([0, 2]), np.zeros(2), np.ones(2, bool), np.ones(2))
+    assert math.isnan(one.metrics()["acc"].stderr)
+
+
+def test_samples():
+    assert list(ANSWERS.samples())[1] == {
+        "doc_id": 1,
+        "gold": 0,
+        "loglikelihoods": [-3.0, -3.5],
+        "num_tokens": [1, 3],
+        "is_greedy": [False, False],
+        "pred": 0,
+        "pred_norm": 1,
+    }
+
+
+def test_files_are_replaced_whole(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"a": [2, "é"]})
+    assert json.loads(path.read_text()) == {"a": [2, "é"]}
+    write_json_lines(tmp_path / "samples.jsonl", [{"b": 1}, {"b": 2}])
+    assert (tmp_path / "samples.jsonl").read_text() == '{"b": 1}\n{"b": 2}\n'
+    assert sorted(os.listdir(tmp_path)) == ["results.json", "samples.jsonl"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    real_open = open
+
+    def full(name, *arguments, **options):
+        real_open(name, "w").close()
+        return real_open("/dev/full", *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(OutputError, match="results.json: cannot be written: No space left") as e:
+        write_json(path, {"a": 1})
+    monkeypatch.undo()
+    assert e.value.exit_code == 1
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
+
+
+def test_what_cannot_be_written_is_found_before_the_run(tmp_path):
+    check_writable(tmp_path / "new.json")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(OutputError, match="No such file or directory"):
+        check_writable(tmp_path / "nowhere" / "new.json")
+    with pytest.raises(OutputError, match="is a directory"):
+        check_writable(tmp_path)
