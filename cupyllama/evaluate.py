@@ -104,17 +104,23 @@ def _forward_all(
     out_of_memory = False
     for batch in batches:
         try:
+            uploaded = ops.upload(batch)
             with np.errstate(over="ignore", invalid="ignore"):
-                out = stage.forward(ops.upload(batch))
-            under_way.append((batch, ops.download(out)))
+                download = ops.download(stage.forward(uploaded))
+            under_way.append((batch, uploaded, download))
         except MemoryError:  # not kept: its traceback would keep the arrays of the failed pass
             out_of_memory = True
             break
         if len(under_way) > IN_FLIGHT:
-            finished, download = under_way.popleft()
-            yield finished, download()
+            yield _finish(*under_way.popleft())
     while under_way:
-        finished, download = under_way.popleft()
-        yield finished, download()
+        yield _finish(*under_way.popleft())
     if out_of_memory:
         raise MemoryError
+
+
+def _finish(
+    batch: MicroBatch, uploaded: MicroBatch, download: Callable[[], np.ndarray]
+) -> tuple[MicroBatch, np.ndarray]:
+    """Wait for a micro-batch; until then its arrays on the device (`uploaded`) are in use."""
+    return batch, download()

@@ -1,0 +1,190 @@
+"""CUDA kernels, compiled at run time from the files in this folder."""
+
+import functools
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from importlib import resources
+from typing import Any
+
+_LOCAL_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
+_OPTIONS = ("--std=c++17",)
+_DEFAULT_SHARED_BYTES = 48 * 1024
+
+# What -DSTORAGE may be, and the bytes of a number of it.
+_ITEMSIZE = {"FP16": 2, "BF16": 2, "FP32": 4}
+# Where rare head sizes are compiled too; elsewhere the common ones stand for them.
+_THOROUGH = (80, 90)
+
+Constants = dict[str, Any]
+
+
+def source(filename: str) -> str:
+    """The file with its local headers pasted in.
+
+    CuPy keys its disk cache on the source text and the options, not on what an include path
+    reaches: a pasted header cannot go stale.
+    """
+    text = resources.files(__package__).joinpath(filename).read_text(encoding="utf-8")
+
+    def paste(match: re.Match) -> str:
+        next_line = text.count("\n", 0, match.start()) + 2
+        return f'#line 1 "{match[1]}"\n{source(match[1])}\n#line {next_line} "{filename}"'
+
+    return f'#line 1 "{filename}"\n' + _LOCAL_INCLUDE.sub(paste, text)
+
+
+@functools.cache
+def kernel(filename: str, name: str, shared_bytes: int = 0, **constants: Any) -> Callable:
+    """The kernel `name` of a file, compiled for the current device with -D`constants`.
+
+    Call it with grid, block, arguments and, if it has any, `shared_mem=shared_bytes`.  With
+    CUPYLLAMA_DEBUG=1 in the environment each launch waits for its end, so that an error names the
+    kernel that caused it.
+    """
+    import cupy
+
+    options = _OPTIONS + _definitions(constants)
+    function = cupy.RawModule(code=source(filename), options=options).get_function(name)
+    if shared_bytes > _DEFAULT_SHARED_BYTES:
+        function.max_dynamic_shared_size_bytes = shared_bytes
+    if os.environ.get("CUPYLLAMA_DEBUG", "0") in ("", "0"):
+        return function
+    return _checked(function, " ".join((filename, name, *_definitions(constants))))
+
+
+def compile_cubin(filename: str, arch: int, **constants: Any) -> tuple[bytes, str]:
+    """Compile a file for `sm_<arch>`; this needs no GPU.
+
+    Returns:
+        The cubin, and the compiler's log with registers, stack frame and spills of each kernel.
+
+    Raises:
+        RuntimeError: it does not compile; the message is the log.
+    """
+    from cupy._core.core import assemble_cupy_compiler_options
+    from cupy.cuda import nvrtc
+
+    # What RawModule would add itself: CuPy's include paths, -ftz and the architecture.
+    options = assemble_cupy_compiler_options(_OPTIONS + _definitions(constants))
+    options += ("-ftz=true", f"-arch=sm_{arch}", "--ptxas-options=-v")
+    program = nvrtc.createProgram(source(filename), filename, (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        # CuPy cuts the last byte off as if it ended a string; it is a zero.
+        return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(nvrtc.getProgramLog(program)) from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def pack_width(n: int, itemsize: int) -> int:
+    """The most numbers, up to 16 bytes of them, by which rows of n can be cut evenly."""
+    return math.gcd(n, 16 // itemsize)
+
+
+def embedding_constants(hidden: int, itemsize: int) -> Constants:
+    unit = math.gcd(hidden * itemsize, 16)
+    return {"UNITS": hidden * itemsize // unit, "UNIT_BYTES": unit}
+
+
+def rmsnorm_constants(storage: str, hidden: int) -> Constants:
+    """THREADS: a multiple of 32 that wastes few lanes and holds a row in 32 registers a thread."""
+    width = pack_width(hidden, _ITEMSIZE[storage])
+    packs = hidden // width
+    registers = max(1, width * _ITEMSIZE[storage] // 4)  # a pack
+    slots = min(-(-packs // 256), 32 // registers)
+    threads = -(-packs // (32 * slots)) * 32
+    assert threads <= 1024, f"{hidden=} does not fit the registers of a block"
+    return {"STORAGE": storage, "HIDDEN": hidden, "THREADS": threads}
+
+
+def rope_constants(
+    storage: str, head_dim: int, num_heads: int, num_key_value_heads: int
+) -> Constants:
+    rotated = num_heads + num_key_value_heads
+    row = (rotated + num_key_value_heads) * head_dim
+    return {"STORAGE": storage, "HEAD_DIM": head_dim, "ROTATED_HEADS": rotated, "ROW": row}
+
+
+def attention_constants(
+    storage: str, head_dim: int, num_heads: int, num_key_value_heads: int
+) -> Constants:
+    """Of attention.cu.  WARP_QUERIES: as many as 48 KiB of shared memory allow."""
+    return {
+        "STORAGE": storage,
+        "HEAD_DIM": head_dim,
+        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_key_value_heads,
+        "WARP_QUERIES": 8 if head_dim <= 128 else 2,
+    }
+
+
+def attention_mma_constants(
+    storage: str, head_dim: int, num_heads: int, num_key_value_heads: int
+) -> Constants:
+    """Of attention_mma.cu.  KEYS: a tile of them; the scores of a larger one would not fit the
+    registers beside 256 columns of output."""
+    return {
+        "STORAGE": storage,
+        "HEAD_DIM": head_dim,
+        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_key_value_heads,
+        "KEYS": 64 if head_dim <= 128 else 32,
+    }
+
+
+def attention_mma_shared_bytes(constants: Constants) -> int:
+    """Two stages of keys and values, rows padded to 16 numbers and by 16 bytes more."""
+    pitch = 2 * (-(-constants["HEAD_DIM"] // 16) * 16) + 16
+    return 2 * 2 * constants["KEYS"] * pitch
+
+
+def log_probs_constants(vocab: int) -> Constants:
+    return {"VOCAB": vocab, "THREADS": 512}
+
+
+def variants(arch: int) -> Iterator[tuple[str, Constants]]:
+    """Files and constants that stand for all that models ask of `sm_<arch>`."""
+    yield "embedding.cu", embedding_constants(6656, 2)
+    yield "embedding.cu", embedding_constants(331, 2)
+    yield "log_probs.cu", log_probs_constants(32000)
+    yield "log_probs.cu", log_probs_constants(331)
+    for storage in _ITEMSIZE:
+        for hidden in (6656, 331):
+            yield "rmsnorm.cu", rmsnorm_constants(storage, hidden)
+        yield "rope.cu", rope_constants(storage, 128, 52, 52)
+        yield "swiglu.cu", {"STORAGE": storage, "INTERMEDIATE": 17920}
+        yield "bias.cu", {"STORAGE": storage, "OUT_T": "storage_t", "WIDE": 4096}
+        for head_dim in _head_dims(arch):
+            heads = (storage, head_dim, 32, 8)
+            yield "attention.cu", attention_constants(*heads)
+            if arch >= 80 and storage != "FP32":
+                yield "attention_mma.cu", attention_mma_constants(*heads)
+    if arch in _THOROUGH:
+        yield "rope.cu", rope_constants("FP16", 100, 32, 32)
+        yield "bias.cu", {"STORAGE": "FP16", "OUT_T": "float", "WIDE": 331}
+        yield "swiglu.cu", {"STORAGE": "FP16", "INTERMEDIATE": 331}
+
+
+def _head_dims(arch: int) -> tuple[int, ...]:
+    return (32, 64, 80, 96, 100, 128, 192, 256) if arch in _THOROUGH else (64, 128)
+
+
+def _definitions(constants: Constants) -> tuple[str, ...]:
+    return tuple(f"-D{name}={value}" for name, value in sorted(constants.items()))
+
+
+def _checked(function: Callable, title: str) -> Callable:
+    import cupy
+
+    def launch(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+            cupy.cuda.get_current_stream().synchronize()
+        except Exception as error:
+            raise RuntimeError(f"kernel {title}: {error}") from error
+
+    return launch

@@ -1,0 +1,306 @@
+"""The operations on a GPU: checks and one launch each; `reference` says what they mean."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import cupy
+import cupyx
+import numpy as np
+
+from cupyllama import kernels
+from cupyllama.kernels import kernel
+from cupyllama.ops.gemm import gemm
+from cupyllama.packing import MicroBatch
+
+# One shape for every matrix product of a run: cuBLAS may choose another algorithm for another one.
+FIXED_SHAPES = True
+LOGIT_CHUNK = 1024
+
+# Queries of a block of either attention kernel.
+QUERY_TILE = 64
+
+Array = cupy.ndarray
+
+_STORAGE = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
+
+
+@dataclass(frozen=True)
+class DeviceBatch(MicroBatch):
+    """A MicroBatch in device memory, cut into tiles for attention.
+
+    Keep it until its results are there: the pool would hand `staged` out again.
+    """
+
+    tiles: Array  # (tiles, 2) segment, first query in it; most keys first
+    staged: np.ndarray  # pinned, and copied from while the device gets to it
+
+
+def to_device(array: np.ndarray) -> Array:
+    """A copy in device memory."""
+    return cupy.asarray(array)
+
+
+def download(array: Array) -> Callable[[], np.ndarray]:
+    """Start the way back to the host; calling the result waits for it and gives the array."""
+    pinned = cupyx.empty_pinned(array.shape, array.dtype)
+    array.get(out=pinned, blocking=False)
+    copied = cupy.cuda.Event(disable_timing=True)
+    copied.record()
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return pinned
+
+    return wait
+
+
+def release_memory() -> None:
+    """Give unused memory back after an operation ran out of it."""
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """Uninitialised device memory."""
+    return cupy.empty(shape, dtype)
+
+
+def upload(batch: MicroBatch) -> DeviceBatch:
+    """The micro-batch in device memory by one copy, which the host does not wait for."""
+    # The tiles come first: the kernels read them in pairs, which must be aligned.
+    arrays = {"tiles": attention_tiles(batch)}
+    arrays |= {field.name: getattr(batch, field.name) for field in fields(MicroBatch)}
+    ends = np.cumsum([array.size for array in arrays.values()]).tolist()
+    pinned = cupyx.empty_pinned(ends[-1], np.int32)
+    np.concatenate([array.ravel() for array in arrays.values()], out=pinned)
+    device = cupy.empty(ends[-1], np.int32)
+    device.set(pinned)
+    parts = {
+        name: device[end - array.size : end].reshape(array.shape)
+        for (name, array), end in zip(arrays.items(), ends, strict=True)
+    }
+    return DeviceBatch(**parts, staged=pinned)
+
+
+def attention_tiles(batch: MicroBatch) -> np.ndarray:
+    """Segments cut into QUERY_TILE queries: (tiles, 2) int32, those that see most keys first."""
+    queries, keys = np.diff(batch.segment_start), np.diff(batch.key_start)
+    count = -(-queries // QUERY_TILE)
+    segment = np.repeat(np.arange(len(queries)), count)
+    first = (np.arange(len(segment)) - np.repeat(np.cumsum(count) - count, count)) * QUERY_TILE
+    seen = (keys - queries)[segment] + np.minimum(first + QUERY_TILE, queries[segment])
+    order = np.argsort(-seen, kind="stable")
+    return np.stack([segment, first], axis=1)[order].astype(np.int32)
+
+
+def embedding(token_ids: Array, weight: Array) -> Array:
+    """Rows of the table: (tokens,) int32, (vocab, hidden) -> (tokens, hidden)."""
+    (tokens,), (_, hidden) = token_ids.shape, weight.shape
+    _check(token_ids, np.int32, (tokens,))
+    _check(weight, weight.dtype, weight.shape)
+    out = cupy.empty((tokens, hidden), weight.dtype)
+    if out.size:
+        constants = kernels.embedding_constants(hidden, weight.itemsize)
+        threads = _threads(constants["UNITS"])
+        launch = kernel("embedding.cu", "embedding", **constants)
+        launch((tokens,), (threads,), (out, token_ids, weight))
+    return out
+
+
+def rmsnorm(x: Array, weight: Array, eps: float, rows: Array | None = None) -> Array:
+    """x / sqrt(mean(x²) + eps) · weight: (tokens, hidden) -> the same, or rows (n,) of it."""
+    tokens, hidden = x.shape
+    _check(x, x.dtype, (tokens, hidden))
+    _check(weight, x.dtype, (hidden,))
+    if rows is not None:
+        _check(rows, np.int32, (len(rows),))
+    out = cupy.empty((tokens if rows is None else len(rows), hidden), x.dtype)
+    if len(out):
+        constants = kernels.rmsnorm_constants(_storage(x), hidden)
+        launch = kernel("rmsnorm.cu", "rmsnorm", **constants)
+        arguments = (out, x, weight, rows, np.float32(eps))
+        launch((len(out),), (constants["THREADS"],), arguments)
+    return out
+
+
+def linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    out_dtype: np.dtype | None = None,
+) -> Array:
+    """x · weightᵀ + bias + residual: (tokens, in), (out, in), (out,), (tokens, out) -> the last.
+
+    The result takes the memory of `residual`, where there is one.
+    """
+    shape, dtype = (len(x), len(weight)), np.dtype(out_dtype or x.dtype)
+    if residual is not None:
+        _check(residual, dtype, shape)
+    out = cupy.empty(shape, dtype) if residual is None else residual
+    if not out.size:
+        return out
+    if bias is not None:
+        _put_bias(out, bias, add=residual is not None)
+    gemm(out, x, weight, accumulate=bias is not None or residual is not None)
+    return out
+
+
+def _put_bias(rows: Array, bias: Array, add: bool) -> None:
+    """rows += bias, or rows = bias: (tokens, out), (out,)."""
+    tokens, wide = rows.shape
+    _check(bias, bias.dtype, (wide,))
+    out_type = "storage_t" if rows.dtype == bias.dtype else "float"
+    assert out_type == "storage_t" or rows.dtype == np.float32, f"{rows.dtype} {bias.dtype}"
+    width = kernels.pack_width(wide, rows.itemsize)
+    name = "add_bias" if add else "set_bias"
+    launch = kernel("bias.cu", name, STORAGE=_storage(bias), OUT_T=out_type, WIDE=wide)
+    launch((tokens, _blocks(wide // width)), (256,), (rows, bias))
+
+
+def rope(
+    qkv: Array,
+    positions: Array,
+    cos: Array,
+    sin: Array,
+    num_heads: int,
+    num_key_value_heads: int,
+) -> Array:
+    """Rotate the queries and keys of qkv by their positions, in place.
+
+    Args:
+        qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q then k then v.
+        positions: (tokens,) int32.
+        cos, sin: (positions, head_dim / 2) float32.
+    """
+    tokens, half = len(qkv), cos.shape[1]
+    constants = kernels.rope_constants(_storage(qkv), 2 * half, num_heads, num_key_value_heads)
+    _check(qkv, qkv.dtype, (tokens, constants["ROW"]))
+    _check(positions, np.int32, (tokens,))
+    _check(cos, np.float32, (len(cos), half))
+    _check(sin, np.float32, cos.shape)
+    if tokens:
+        packs = constants["ROTATED_HEADS"] * half // kernels.pack_width(half, qkv.itemsize)
+        launch = kernel("rope.cu", "rope", **constants)
+        launch((tokens,), (_threads(packs),), (qkv, positions, cos, sin))
+    return qkv
+
+
+def attention(qkv: Array, batch: DeviceBatch, num_heads: int, num_key_value_heads: int) -> Array:
+    """softmax(q · kᵀ / sqrt(head_dim)) · v over the packed segments of `batch`, causal.
+
+    Args:
+        qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q and k rotated.
+
+    Returns:
+        (tokens, num_heads · head_dim).
+    """
+    matrix_units = int(cupy.cuda.Device().compute_capability) >= 80 and qkv.itemsize == 2
+    on = attention_mma if matrix_units else attention_portable
+    return on(qkv, batch, num_heads, num_key_value_heads)
+
+
+def attention_mma(
+    qkv: Array, batch: DeviceBatch, num_heads: int, num_key_value_heads: int
+) -> Array:
+    """`attention` on matrix units: float16 or bfloat16, compute capability 8.0 and above."""
+    out, heads = _attention_out(qkv, num_heads, num_key_value_heads)
+    if out.size:
+        constants = kernels.attention_mma_constants(*heads)
+        shared = kernels.attention_mma_shared_bytes(constants)
+        launch = kernel("attention_mma.cu", "attention_mma", shared, **constants)
+        arguments = _attention_arguments(out, qkv, batch, constants["HEAD_DIM"])
+        launch((num_heads, len(batch.tiles)), (128,), arguments, shared_mem=shared)
+    return out
+
+
+def attention_portable(
+    qkv: Array, batch: DeviceBatch, num_heads: int, num_key_value_heads: int
+) -> Array:
+    """`attention` on any GPU, in any storage."""
+    out, heads = _attention_out(qkv, num_heads, num_key_value_heads)
+    if out.size:
+        constants = kernels.attention_constants(*heads)
+        launch = kernel("attention.cu", "attention", **constants)
+        block_queries = 4 * constants["WARP_QUERIES"]
+        grid = (num_heads, len(batch.tiles), QUERY_TILE // block_queries)
+        launch(grid, (128,), _attention_arguments(out, qkv, batch, constants["HEAD_DIM"]))
+    return out
+
+
+def _attention_out(
+    qkv: Array, num_heads: int, num_key_value_heads: int
+) -> tuple[Array, tuple[str, int, int, int]]:
+    tokens, width = qkv.shape
+    head_dim, rest = divmod(width, num_heads + 2 * num_key_value_heads)
+    _check(qkv, qkv.dtype, (tokens, width))
+    assert rest == 0 and num_heads % num_key_value_heads == 0, f"{width=} {num_heads=}"
+    assert head_dim % 2 == 0 and head_dim <= 256, f"{head_dim=}"
+    out = cupy.empty((tokens, num_heads * head_dim), qkv.dtype)
+    return out, (_storage(qkv), head_dim, num_heads, num_key_value_heads)
+
+
+def _attention_arguments(
+    out: Array, qkv: Array, batch: DeviceBatch, head_dim: int
+) -> tuple[Any, ...]:
+    assert len(batch.token_ids) == len(qkv), f"{len(batch.token_ids)} {len(qkv)}"
+    assert len(batch.tiles) < 1 << 16, f"{len(batch.tiles)} tiles"
+    scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
+    segments = (batch.tiles, batch.segment_start, batch.key_start, batch.key_index)
+    return (out, qkv, *segments, scale)
+
+
+def swiglu(gate_up: Array) -> Array:
+    """silu(gate) · up: (tokens, 2 · intermediate), gate first -> (tokens, intermediate)."""
+    tokens, intermediate = len(gate_up), gate_up.shape[1] // 2
+    _check(gate_up, gate_up.dtype, (tokens, 2 * intermediate))
+    out = cupy.empty((tokens, intermediate), gate_up.dtype)
+    if out.size:
+        packs = intermediate // kernels.pack_width(intermediate, gate_up.itemsize)
+        constants = {"STORAGE": _storage(gate_up), "INTERMEDIATE": intermediate}
+        launch = kernel("swiglu.cu", "swiglu", **constants)
+        launch((tokens, _blocks(packs)), (256,), (out, gate_up))
+    return out
+
+
+def log_probs(logits: Array, target_start: Array, target_token: Array, out: Array) -> None:
+    """Write log softmax(logits) at the targets, and whether each target is the most likely token.
+
+    Args:
+        logits: (rows, vocab) float32.
+        target_start: (rows + 1,) int32; row r has the targets target_start[r]:target_start[r + 1].
+        target_token: (targets,) int32.
+        out: (2, targets) float32; only columns target_start[0]:target_start[-1] are written.
+    """
+    (rows, vocab), (targets,) = logits.shape, target_token.shape
+    _check(logits, np.float32, (rows, vocab))
+    _check(target_start, np.int32, (rows + 1,))
+    _check(target_token, np.int32, (targets,))
+    _check(out, np.float32, (2, targets))
+    if rows and targets:
+        constants = kernels.log_probs_constants(vocab)
+        launch = kernel("log_probs.cu", "log_probs", **constants)
+        arguments = (out, logits, target_start, target_token, np.int32(targets))
+        launch((rows,), (constants["THREADS"],), arguments)
+
+
+def _check(array: Array, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Kernels see a bare pointer: what lies behind it is checked here."""
+    assert array.dtype == dtype, f"{array.dtype} instead of {dtype}"
+    assert array.shape == shape, f"{array.shape} instead of {shape}"
+    assert array.flags.c_contiguous, f"{array.shape} has strides {array.strides}"
+    # Index arrays are read one by one; whatever holds numbers is read 16 bytes at a time.
+    assert dtype == np.int32 or array.data.ptr % 16 == 0, f"{array.data.ptr:#x} is not aligned"
+
+
+def _storage(array: Array) -> str:
+    return _STORAGE[array.dtype.name]
+
+
+def _threads(items: int) -> int:
+    return min(-(-items // 32) * 32, 256)
+
+
+def _blocks(items: int) -> int:
+    return -(-items // 256)
