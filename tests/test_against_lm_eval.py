@@ -1,4 +1,4 @@
-"""The real benchmark as lm-eval's `hf` backend scores it, recorded by tools/record_lm_eval.py."""
+"""The demo and the real benchmark as lm-eval's `hf` backend scored them, recorded."""
 
 import json
 import shutil
@@ -13,9 +13,11 @@ from tiny_models import write_tiny_model
 from cupyllama.cli import cli
 from cupyllama.config import load_config
 from cupyllama.score import ScoreOptions, prepare
+from cupyllama.tasks.files import demo_directory
 
 DATA = Path(__file__).parent / "data"
 RECORDED = json.loads((DATA / "lm_eval_hellaswag.json").read_text())
+DEMO = json.loads((DATA / "lm_eval_demo.json").read_text())
 METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "acc_bytes")
 
 
@@ -53,37 +55,43 @@ def test_real_questions_score_as_in_lm_eval(recorded, bos, max_length, questions
     (tmp_path / "model" / "config.json").write_text(
         json.dumps(config | {"max_position_embeddings": max_length})
     )
-    samples, output = tmp_path / "samples.jsonl", tmp_path / "results.json"
-    arguments = [
-        "--model",
-        tmp_path / "model",
-        "--data",
-        questions,
-        "--bos",
-        bos,
-        "--device",
-        "cpu",
-    ]
+    report = check_scores(recorded, tmp_path / "model", questions, bos, tmp_path)
+    assert report["cupyllama"]["truncated_rows"] == recorded["settings"]["truncated_rows"]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "bos"), [(DEMO, "auto"), (DEMO["without_bos"], "no")], ids=["bos", "without_bos"]
+)
+def test_the_demo_scores_as_in_lm_eval(recorded, bos, tmp_path):
+    lines = (demo_directory() / "questions.jsonl").read_text().splitlines(keepends=True)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(lines[index] for index in DEMO["indexes"]))
+    check_scores(recorded, demo_directory(), questions, bos, tmp_path)
+    assert recorded["results"]["acc"] > 0.8
+
+
+def check_scores(recorded: dict, model: Path, questions: Path, bos: str, folder: Path) -> dict:
+    """Score on the CPU, compare all that lm-eval reports, and return the results file."""
+    samples, output = folder / "samples.jsonl", folder / "results.json"
+    arguments = ["--model", model, "--data", questions, "--bos", bos, "--device", "cpu"]
     arguments += ["--samples", samples, "--output", output, "--quiet"]
     result = CliRunner().invoke(cli, ["score", *map(str, arguments)])
     assert result.exit_code == 0, result.output
-
     ours = [json.loads(line) for line in samples.read_text().splitlines()]
-    expected = recorded["questions"]
+    theirs = recorded["questions"]
+    for field in ("gold", "is_greedy"):
+        assert [sample[field] for sample in ours] == [question[field] for question in theirs]
     np.testing.assert_allclose(
         [sample["loglikelihoods"] for sample in ours],
-        [question["loglikelihoods"] for question in expected],
+        [question["loglikelihoods"] for question in theirs],
         rtol=0,
         atol=1e-3,
     )
-    assert [sample["gold"] for sample in ours] == [question["gold"] for question in expected]
-    results = json.loads(output.read_text())
+    report = json.loads(output.read_text())
     for metric in METRICS:
-        assert results["results"]["hellaswag"][f"{metric},none"] == pytest.approx(
-            recorded["results"][metric], rel=1e-12
-        )
-    truncated = results["cupyllama"]["truncated_rows"]
-    assert truncated == recorded["settings"]["truncated_rows"]
+        expected = pytest.approx(recorded["results"][metric], rel=1e-12)
+        assert report["results"]["hellaswag"][f"{metric},none"] == expected
+    return report
 
 
 def test_real_questions_have_the_same_token_rows(questions, model):
