@@ -1,0 +1,80 @@
+"""Published LLaMA shapes, and stages of them with random weights made on the device."""
+
+from types import ModuleType
+
+import numpy as np
+
+from cupyllama.config import ModelConfig
+from cupyllama.model.llama import LayerWeights, Stage, StageWeights
+
+# layers, hidden, intermediate, heads, key-value heads, vocabulary
+SHAPES = {
+    "llama-7b": (32, 4096, 11008, 32, 32, 32000),
+    "llama-13b": (40, 5120, 13824, 40, 40, 32000),
+    "llama-30b": (60, 6656, 17920, 52, 52, 32000),
+    "llama-3-8b": (32, 4096, 14336, 32, 8, 128256),
+}
+
+
+def model_config(shape: str) -> ModelConfig:
+    """The configuration of a published shape."""
+    layers, hidden, intermediate, heads, kv_heads, vocab = SHAPES[shape]
+    return ModelConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        max_position_embeddings=2048,
+        sliding_window=None,
+        attention_bias=False,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        dtype="float16",
+    )
+
+
+def random_stage(config: ModelConfig, dtype: np.dtype, ops: ModuleType, positions: int) -> Stage:
+    """All layers, weights uniform with the standard deviation 0.02 that training starts from."""
+    import cupy
+
+    fill = cupy.ElementwiseKernel(
+        "uint32 seed, float32 width",
+        "T y",
+        # PCG hash (Jarzynski & Olano 2020) of the element's index
+        """
+        unsigned state = ((unsigned)i + seed) * 747796405u + 2891336453u;
+        unsigned word = ((state >> ((state >> 28) + 4u)) ^ state) * 277803737u;
+        y = (T)(((word >> 22) ^ word) * (width / 4294967296.0f) - 0.5f * width);
+        """,
+        "random_fill",
+    )
+    seeds = iter(range(1, 1 << 20))
+
+    def matrix(*shape: int):
+        out = cupy.empty(shape, dtype)
+        return fill(np.uint32(2654435761 * next(seeds) % 2**32), np.float32(0.02 * 12**0.5), out)
+
+    def ones(n: int):
+        return cupy.ones(n, dtype)
+
+    hidden = config.hidden_size
+    layers = [
+        LayerWeights(
+            input_layernorm=ones(hidden),
+            qkv_proj=matrix(config.qkv_size, hidden),
+            o_proj=matrix(hidden, config.q_size),
+            post_attention_layernorm=ones(hidden),
+            gate_up_proj=matrix(2 * config.intermediate_size, hidden),
+            down_proj=matrix(hidden, config.intermediate_size),
+        )
+        for _ in range(config.num_hidden_layers)
+    ]
+    ends = {"embed_tokens": matrix(config.vocab_size, hidden), "norm": ones(hidden)}
+    ends["lm_head"] = matrix(config.vocab_size, hidden)
+    return Stage(config, StageWeights(layers, **ends), ops, positions)
