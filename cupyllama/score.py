@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyllama.checkpoint.llama import load_stage, stage_bytes
+from cupyllama.checkpoint.llama import stage_bytes
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.config import ModelConfig, load_config
 from cupyllama.errors import DeviceError, ModelError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
+from cupyllama.loading import load_stage
 from cupyllama.model.llama import Stage
 from cupyllama.packing import MicroBatch
 from cupyllama.parallel.devices import Device, choose_device, choose_dtype, gpu_dtype, storage_dtype

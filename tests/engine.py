@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyllama.checkpoint.llama import load_stage
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.config import load_config
 from cupyllama.evaluate import ChoiceScores, evaluate, plan
+from cupyllama.loading import load_stage
 from cupyllama.model.llama import Stage
 from cupyllama.ops import reference
 from cupyllama.packing import TokenRow

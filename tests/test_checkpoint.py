@@ -10,10 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import TINY_MODELS, tiny_tensors, write_tiny_model
 
-from cupyllama.checkpoint.llama import load_stage, stage_bytes
+from cupyllama.checkpoint.llama import stage_bytes
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.config import load_config
 from cupyllama.errors import ModelError
+from cupyllama.loading import load_stage
 
 
 def load(directory: Path, layers: range | None = None, dtype=np.float32):
