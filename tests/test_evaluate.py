@@ -1,6 +1,9 @@
 """Packed equals unpacked, and a run that goes on when memory ends."""
 
 import json
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -105,3 +108,17 @@ def test_memory_for_not_even_the_longest_row(tmp_path):
     with pytest.raises(DeviceError, match="out of memory with micro-batches of") as error:
         evaluate(stage, rows, plan(rows, 256, stage.ops), 256)
     assert error.value.exit_code == 5
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_the_number_of_cores_changes_no_bit(tmp_path):
+    """Launchers bind ranks to fewer cores than a process alone would have."""
+    samples = {}
+    for cores in ({min(os.sched_getaffinity(0))}, os.sched_getaffinity(0)):
+        path = tmp_path / f"{len(cores)}.jsonl"
+        run = f"import os; os.sched_setaffinity(0, {cores}); from cupyllama.cli import cli; cli()"
+        command = [sys.executable, "-c", run, "score", "--demo", "--limit", "60", "--device", "cpu"]
+        subprocess.run([*command, "--quiet", "--samples", path], check=True, capture_output=True)
+        samples[len(cores)] = path.read_text()
+    first, second = samples.values()
+    assert first == second

@@ -2,9 +2,16 @@
 
 Storage may be float32, float16 or bfloat16; every product, sum, norm and softmax is float32, and a
 result is rounded once, to the dtype it is stored in.
+
+Work is cut into pieces of a fixed size for the cores at hand, each piece on one core, so that a
+result has the same bits on any number of them: BLAS's own threads would round by their count.
 """
 
-from collections.abc import Callable
+import contextvars
+import functools
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -13,6 +20,9 @@ from cupyllama.packing import MicroBatch
 # Shapes may vary from one micro-batch to the next: padding would only cost time.
 FIXED_SHAPES = False
 LOGIT_CHUNK = 1024
+
+# Rows of a matrix product that one core computes at a time.
+ROW_BLOCK = 128
 
 
 def to_device(array: np.ndarray) -> np.ndarray:
@@ -67,12 +77,20 @@ def linear(
 
     The caller gives `residual` up: an implementation may return the result in its memory.
     """
-    y = _float32(x) @ _float32(weight).T
-    if bias is not None:
-        y += _float32(bias)
-    if residual is not None:
-        y += _float32(residual)
-    return y.astype(out_dtype or x.dtype, copy=False)
+    y = np.empty((len(x), len(weight)), out_dtype or x.dtype)
+    transposed = _float32(weight).T
+
+    def multiply(first: int) -> None:
+        block = slice(first, first + ROW_BLOCK)
+        product = _float32(x[block]) @ transposed
+        if bias is not None:
+            product += _float32(bias)
+        if residual is not None:
+            product += _float32(residual[block])
+        y[block] = product
+
+    _on_all_cores(multiply, range(0, len(x), ROW_BLOCK))
+    return y
 
 
 def rope(
@@ -118,7 +136,8 @@ def attention(
     group = num_heads // num_key_value_heads
     heads = qkv.reshape(tokens, -1, head_dim)
     out = np.empty((tokens, num_heads, head_dim), qkv.dtype)
-    for segment in range(len(batch.segment_start) - 1):
+
+    def attend(segment: int) -> None:
         first, last = batch.segment_start[segment : segment + 2]
         keys = batch.key_index[batch.key_start[segment] : batch.key_start[segment + 1]]
         n, k = last - first, len(keys)
@@ -135,6 +154,8 @@ def attention(
         values = kv[num_key_value_heads:].transpose(0, 2, 1)
         mixed = scores.reshape(num_key_value_heads, group * n, k) @ values
         out[first:last] = mixed.reshape(num_heads, n, head_dim).transpose(1, 0, 2)
+
+    _on_all_cores(attend, range(len(batch.segment_start) - 1))
     return out.reshape(tokens, num_heads * head_dim)
 
 
@@ -167,3 +188,20 @@ def log_probs(
 
 def _float32(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32, copy=False)
+
+
+def _on_all_cores(work: Callable[[int], None], pieces: Iterable[int]) -> None:
+    """Call `work` with every piece; NumPy lets other threads run while it computes."""
+    context = contextvars.copy_context()  # holds np.errstate
+    for _ in _pool().map(lambda piece: context.copy().run(work, piece), pieces):
+        pass
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """A thread for every core that this process may use, and BLAS kept to one a call."""
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ThreadPoolExecutor(cores, thread_name_prefix="reference")
