@@ -18,7 +18,7 @@ import cupy
 import numpy as np
 from shapes import SHAPES, model_config, random_stage
 
-from cupyllama.evaluate import evaluate, plan
+from cupyllama.evaluate import ChoiceScores, Line, evaluate, plan
 from cupyllama.ops import cuda
 from cupyllama.ops.gemm import gemm
 from cupyllama.parallel.devices import choose_device, storage_dtype
@@ -70,16 +70,18 @@ def main(shape, data, tokenizer, questions, dtype, micro_batch_tokens, repeats, 
     spread = [everything[i * len(everything) // questions] for i in range(questions)]
     tokens = load_tokenizer(tokenizer.parent, tokenizer)
     rows = token_rows(spread, tokens, CONVENTIONS["lm-eval"], True, config.max_length)
-    stage = random_stage(config, storage_dtype(dtype), cuda, rows.longest)
+    line = Line(random_stage(config, storage_dtype(dtype), cuda, rows.longest))
     runs = []
     for size in micro_batch_tokens:
         batches = plan(rows.rows, size, cuda)
-        evaluate(stage, rows.rows, batches[:2], size)  # compiles, and warms the card
+        warm = ChoiceScores.empty(len(rows.rows), size)
+        evaluate(line, rows.rows, batches[:2], warm)  # compiles, and warms the card
         seconds, products = [], []
         for _ in range(repeats):
             products.append(layer_products(config, storage_dtype(dtype), size))
+            scores = ChoiceScores.empty(len(rows.rows), size)
             begin = time.perf_counter()
-            scores = evaluate(stage, rows.rows, batches, size)
+            evaluate(line, rows.rows, batches, scores)
             seconds.append(time.perf_counter() - begin)
             assert np.isfinite(scores.loglikelihoods).all()
         median = statistics.median(seconds)

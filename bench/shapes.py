@@ -39,8 +39,17 @@ def model_config(shape: str) -> ModelConfig:
     )
 
 
-def random_stage(config: ModelConfig, dtype: np.dtype, ops: ModuleType, positions: int) -> Stage:
-    """All layers, weights uniform with the standard deviation 0.02 that training starts from."""
+def random_stage(
+    config: ModelConfig,
+    dtype: np.dtype,
+    ops: ModuleType,
+    positions: int,
+    layers: range | None = None,
+) -> Stage:
+    """Some layers, or all; weights uniform with the standard deviation 0.02 of an untrained model.
+
+    A layer's weights are the same in whichever stage it is.
+    """
     import cupy
 
     fill = cupy.ElementwiseKernel(
@@ -54,27 +63,31 @@ def random_stage(config: ModelConfig, dtype: np.dtype, ops: ModuleType, position
         """,
         "random_fill",
     )
-    seeds = iter(range(1, 1 << 20))
+    hidden, width = config.hidden_size, np.float32(0.02 * 12**0.5)
 
-    def matrix(*shape: int):
-        out = cupy.empty(shape, dtype)
-        return fill(np.uint32(2654435761 * next(seeds) % 2**32), np.float32(0.02 * 12**0.5), out)
+    def matrix(layer: int, number: int, *shape: int):
+        seed = np.uint32(2654435761 * (8 * layer + number + 1) % 2**32)
+        return fill(seed, width, cupy.empty(shape, dtype))
 
-    def ones(n: int):
-        return cupy.ones(n, dtype)
+    def ones():
+        return cupy.ones(hidden, dtype)
 
-    hidden = config.hidden_size
-    layers = [
+    layers = range(config.num_hidden_layers) if layers is None else layers
+    weights = [
         LayerWeights(
-            input_layernorm=ones(hidden),
-            qkv_proj=matrix(config.qkv_size, hidden),
-            o_proj=matrix(hidden, config.q_size),
-            post_attention_layernorm=ones(hidden),
-            gate_up_proj=matrix(2 * config.intermediate_size, hidden),
-            down_proj=matrix(hidden, config.intermediate_size),
+            input_layernorm=ones(),
+            qkv_proj=matrix(layer, 0, config.qkv_size, hidden),
+            o_proj=matrix(layer, 1, hidden, config.q_size),
+            post_attention_layernorm=ones(),
+            gate_up_proj=matrix(layer, 2, 2 * config.intermediate_size, hidden),
+            down_proj=matrix(layer, 3, hidden, config.intermediate_size),
         )
-        for _ in range(config.num_hidden_layers)
+        for layer in layers
     ]
-    ends = {"embed_tokens": matrix(config.vocab_size, hidden), "norm": ones(hidden)}
-    ends["lm_head"] = matrix(config.vocab_size, hidden)
-    return Stage(config, StageWeights(layers, **ends), ops, positions)
+    ends = {}
+    if layers.start == 0:
+        ends["embed_tokens"] = matrix(-1, 4, config.vocab_size, hidden)
+    if layers.stop == config.num_hidden_layers:
+        ends["norm"] = ones()
+        ends["lm_head"] = matrix(-1, 5, config.vocab_size, hidden)
+    return Stage(config, StageWeights(weights, **ends), ops, positions)

@@ -65,6 +65,32 @@ class _LimitType(click.ParamType):
         return limit
 
 
+class _CountsType(click.ParamType):
+    """Positive numbers with commas between them."""
+
+    name = "N,N,…"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        parts = value.split(",")
+        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is not a list of positive numbers", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+class _CountsType(click.ParamType):
+    """Positive numbers with commas between them."""
+
+    name = "N,N,…"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        counts = value.split(",")
+        if not all(count.strip().isdecimal() and int(count) for count in counts):
+            self.fail(f"{value!r} is no list of positive numbers", param, ctx)
+        return tuple(map(int, counts))
+
+
 _FILE = click.Path(path_type=Path)
 
 
@@ -119,9 +145,21 @@ def cli() -> None:
     show_default=True,
     help="Begin each row with BOS. auto: as the convention, else the tokenizer, has it.",
 )
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Pipelines side by side; ranks = replicas × stages.",
+)
+@click.option(
+    "--layers-per-stage", type=_CountsType(), help="Not balanced, but these: 15,15,15,15."
+)
 @click.option("--output", "--output-path", type=_FILE, help="Write the results as JSON.")
 @click.option("--samples", type=_FILE, help="Write one JSON line a question.")
 @click.option("--log-samples", is_flag=True, help="The same, beside --output.")
+@click.option("--resume", is_flag=True, help="Go on with what --samples has from a broken run.")
+@click.option("--trace", type=_FILE, help="Write when each rank did what, for Perfetto.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, touching no GPU.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def score(
@@ -142,6 +180,8 @@ def score(
       cupyllama score --model path/to/llama-7b --output results.json
     A file of your own, {"query": …, "choices": […], "gold": 0} a line:
       cupyllama score --model path/to/llama-7b --data questions.jsonl
+    The layers shared out among four GPUs:
+      mpirun -n 4 cupyllama score --model path/to/llama-30b
     """
     from cupyllama.score import ScoreOptions
     from cupyllama.score import score as run
@@ -159,6 +199,8 @@ def score(
         if output is None:
             raise click.UsageError("--log-samples writes beside --output FILE; give that too.")
         samples = output.with_name(f"{output.stem}_samples.jsonl")
+    if options["resume"] and samples is None:
+        raise click.UsageError("--resume goes on with --samples FILE; give that too.")
     report = run(
         ScoreOptions(
             model=model,
@@ -170,6 +212,54 @@ def score(
     )
     if report is not None:
         click.echo(report.as_text())
+
+
+@cli.command()
+@click.option(
+    "--model",
+    type=_FILE,
+    required=True,
+    help="Checkpoint directory: Hugging Face's safetensors or pytorch_model.bin, or Meta's .pth.",
+)
+@click.option("--output", type=_FILE, required=True, help="Directory to make.")
+@click.option(
+    "--stages", type=click.IntRange(min=1), required=True, help="How many files to write."
+)
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Only 1 yet.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float16", "bfloat16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights written. auto: as they are stored.",
+)
+@click.option(
+    "--layers-per-stage",
+    type=_CountsType(),
+    help="Layers of each stage, as in 15,15,15,15.  [default: balanced]",
+)
+@click.option("--force", is_flag=True, help="Replace a sharded checkpoint that is there.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def shard(**options: Any) -> None:
+    """Rewrite a checkpoint as one file a pipeline stage, for faster loading.
+
+    An interrupted run is taken up by giving the same command again. What is written can be scored
+    like the original, with any number of stages.
+
+    \b
+    A file for each of four GPUs:
+      cupyllama shard --model path/to/llama-30b --stages 4 --output llama-30b-4
+    """
+    from cupyllama.checkpoint.shard import ShardOptions
+    from cupyllama.checkpoint.shard import shard as run
+
+    click.echo(run(ShardOptions(**options)).as_text())
 
 
 @cli.command()

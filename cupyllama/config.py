@@ -91,7 +91,7 @@ class ModelConfig:
 
 
 def load_config(model: Path) -> ModelConfig:
-    """Read `model`/config.json, as transformers 4 or 5 wrote it.
+    """Read `model`/config.json, as transformers 4 or 5 wrote it, or else Meta's params.json.
 
     Raises:
         ModelError: no such file, not JSON, an unknown architecture, a missing or impossible
@@ -101,6 +101,10 @@ def load_config(model: Path) -> ModelConfig:
     if not model.exists():
         raise ModelError(f"{model}: no such directory", "--model takes a checkpoint directory.")
     if not path.is_file():
+        from cupyllama.checkpoint.meta import has_meta, load_meta_config
+
+        if has_meta(model):
+            return load_meta_config(model)
         raise ModelError(
             f"{path}: no such file", "A Hugging Face checkpoint directory has a config.json."
         )

@@ -37,3 +37,9 @@ class DeviceError(CupyllamaError):
     """No usable GPU, or not enough memory."""
 
     exit_code = 5
+
+
+class RankError(CupyllamaError):
+    """A process of several failed, and took the others with it."""
+
+    exit_code = 6

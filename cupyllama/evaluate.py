@@ -2,82 +2,118 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from cupyllama.errors import DeviceError
 from cupyllama.model.llama import Stage
 from cupyllama.packing import MicroBatch, TokenRow, pack
+from cupyllama.parallel.channels import Inbox, Outbox
+from cupyllama.trace import Span
 
 # Micro-batches given to the device before the oldest is waited for: launches stay ahead of it.
 IN_FLIGHT = 2
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChoiceScores:
     """What the model says of every choice, in the order of the rows."""
 
     loglikelihoods: np.ndarray  # (choices,) float64, sum over the choice's tokens
     is_greedy: np.ndarray  # (choices,) bool: every token was the most likely one
+    done: np.ndarray  # (choices,) bool
     micro_batch_tokens: list[int]  # more than one entry: memory ran out and the size was halved
-    tokens_computed: int
+    tokens_computed: int = 0
+
+    @classmethod
+    def empty(cls, choices: int, micro_batch_tokens: int) -> "ChoiceScores":
+        """Nothing scored yet."""
+        flags = np.ones(choices, bool), np.zeros(choices, bool)
+        return cls(np.zeros(choices), *flags, [micro_batch_tokens])
+
+    def add(self, batch: MicroBatch, out: np.ndarray) -> np.ndarray:
+        """Take over what `ops.log_probs` found for a micro-batch; returns its choices."""
+        choices = np.unique(batch.target_choice)
+        target = np.searchsorted(choices, batch.target_choice)
+        # bincount adds in order: the same sum whatever else is in the micro-batch
+        sums = np.bincount(target, out[0].astype(np.float64), len(choices))
+        greedy = np.bincount(target, out[1] == 0, len(choices)) == 0
+        self.put(choices, sums, greedy)
+        self.tokens_computed += len(batch.token_ids)
+        return choices
+
+    def put(self, choices: np.ndarray, loglikelihoods: np.ndarray, is_greedy: np.ndarray) -> None:
+        """Results of whole choices, from wherever they come."""
+        self.loglikelihoods[choices] = loglikelihoods
+        self.is_greedy[choices] = is_greedy
+        self.done[choices] = True
+
+    def missing(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches with a choice that is not scored yet."""
+        return [batch for batch in batches if not self.done[batch.target_choice].all()]
 
 
-def plan(rows: Sequence[TokenRow], micro_batch_tokens: int, ops) -> list[MicroBatch]:
+@dataclass
+class Line:
+    """One stage of a pipeline, and the neighbours it has."""
+
+    stage: Stage
+    inbox: Inbox | None = None
+    outbox: Outbox | None = None
+    spans: list[Span] = field(default_factory=list)
+
+
+def plan(rows: Sequence[TokenRow], micro_batch_tokens: int, ops: Any) -> list[MicroBatch]:
     """The micro-batches of a run on the device whose operations are `ops`."""
     return list(pack(rows, micro_batch_tokens, ops.LOGIT_CHUNK, pad=ops.FIXED_SHAPES))
 
 
 def evaluate(
-    stage: Stage,
+    line: Line,
     rows: Sequence[TokenRow],
-    batches: list[MicroBatch],
-    micro_batch_tokens: int,
+    batches: Sequence[MicroBatch],
+    scores: ChoiceScores,
     on_choices: Callable[[np.ndarray], None] = lambda choices: None,
     on_halved: Callable[[int], None] = lambda tokens: None,
-) -> ChoiceScores:
-    """Score every row. A value that is no number is left in the result for the caller to find.
+) -> None:
+    """Score the rows of `batches` in one process.
 
     A micro-batch that does not fit the device's memory is cut in half, and so are all after it.
+    A value that is no number is left in the result for the caller to find.
 
     Args:
-        batches: `plan(rows, micro_batch_tokens, stage.ops)`.
+        batches: of `plan(rows, …)`, those that are missing from `scores`.
         on_choices: called with the choices of each micro-batch that is done.
         on_halved: called with the new size where memory ran out.
 
     Raises:
         DeviceError: not even the longest row fits.
     """
-    loglikelihoods = np.zeros(len(rows))
-    is_greedy = np.ones(len(rows), bool)
-    sizes, computed = [micro_batch_tokens], 0
+    ops = line.stage.ops
     while batches:
         done = 0
         try:
-            for batch, out in _forward_all(stage, batches):
-                choice = batch.target_choice
-                # bincount adds in order: the same sum whatever else is in the micro-batch
-                loglikelihoods += np.bincount(choice, out[0].astype(np.float64), len(rows))
-                is_greedy[choice[out[1] == 0]] = False
-                computed += len(batch.token_ids)
+            for batch, out in zip(batches, forward_all(line, batches), strict=True):
+                choices = scores.add(batch, out)
                 done += 1
-                on_choices(np.unique(choice))
-            break
+                on_choices(choices)
+            return
         except MemoryError as error:
-            stage.ops.release_memory()
+            ops.release_memory()
             left = np.unique(np.concatenate([b.target_choice for b in batches[done:]]))
             remaining = [rows[choice] for choice in left]
             longest = max(len(row.token_ids) - 1 for row in remaining)
-            if sizes[-1] <= longest:
+            size = scores.micro_batch_tokens[-1]
+            if size <= longest:
                 raise DeviceError(
-                    f"out of memory with micro-batches of {sizes[-1]} tokens",
+                    f"out of memory with micro-batches of {size} tokens",
                     "The longest row needs that many. A device with more memory is needed.",
                 ) from error
-            sizes.append(max(sizes[-1] // 2, longest))
-            on_halved(sizes[-1])
-            batches = plan(remaining, sizes[-1], stage.ops)
-    return ChoiceScores(loglikelihoods, is_greedy, sizes, computed)
+            scores.micro_batch_tokens.append(max(size // 2, longest))
+            on_halved(scores.micro_batch_tokens[-1])
+            batches = plan(remaining, scores.micro_batch_tokens[-1], ops)
 
 
 def first_broken(stage: Stage, rows: Sequence[TokenRow], suspects: np.ndarray) -> int | None:
@@ -89,38 +125,65 @@ def first_broken(stage: Stage, rows: Sequence[TokenRow], suspects: np.ndarray) -
     for choice in suspects:
         row = TokenRow(rows[choice].token_ids, rows[choice].first_target, 0)
         size = len(row.token_ids) - 1
-        scores = evaluate(stage, [row], plan([row], size, stage.ops), size)
+        scores = ChoiceScores.empty(1, size)
+        evaluate(Line(stage), [row], plan([row], size, stage.ops), scores)
         if not np.isfinite(scores.loglikelihoods[0]):
             return int(choice)
     return None
 
 
-def _forward_all(
-    stage: Stage, batches: Sequence[MicroBatch]
-) -> Iterator[tuple[MicroBatch, np.ndarray]]:
-    """Each micro-batch with its log-probabilities on the host, a few under way at a time."""
-    ops = stage.ops
+def forward_all(line: Line, batches: Sequence[MicroBatch]) -> Iterator[np.ndarray | None]:
+    """Each micro-batch through the stage, in order, a few under way at a time.
+
+    Yields:
+        (2, targets) float32 on the host from the last stage; None where the hidden states went on.
+    """
+    ops = line.stage.ops
+    clock = ops.Clock()
     under_way: deque = deque()
     out_of_memory = False
-    for batch in batches:
+    for number, batch in enumerate(batches):
         try:
-            uploaded = ops.upload(batch)
-            with np.errstate(over="ignore", invalid="ignore"):
-                download = ops.download(stage.forward(uploaded))
-            under_way.append((batch, uploaded, download))
+            under_way.append(_forward(line, clock, number, batch))
         except MemoryError:  # not kept: its traceback would keep the arrays of the failed pass
             out_of_memory = True
             break
         if len(under_way) > IN_FLIGHT:
-            yield _finish(*under_way.popleft())
+            yield _finish(line, clock, *under_way.popleft())
     while under_way:
-        yield _finish(*under_way.popleft())
+        yield _finish(line, clock, *under_way.popleft())
     if out_of_memory:
         raise MemoryError
 
 
+def _forward(line: Line, clock: Any, number: int, batch: MicroBatch) -> tuple:
+    """Queue one micro-batch: from the inbox, through the stage, to the outbox or to the host."""
+    ops = line.stage.ops
+    marks = [clock.mark()]
+    uploaded = ops.upload(batch)
+    hidden = line.inbox.receive() if line.inbox else None
+    marks.append(clock.mark())
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = line.stage.forward(uploaded, hidden)
+    marks.append(clock.mark())
+    departure = line.outbox.send(out) if line.outbox else None
+    if line.inbox:
+        line.inbox.release(departure)
+    finish = departure.wait if departure else ops.download(out)
+    # `uploaded` stays until the end: its arrays on the device are in use.
+    return number, uploaded, marks, finish
+
+
 def _finish(
-    batch: MicroBatch, uploaded: MicroBatch, download: Callable[[], np.ndarray]
-) -> tuple[MicroBatch, np.ndarray]:
-    """Wait for a micro-batch; until then its arrays on the device (`uploaded`) are in use."""
-    return batch, download()
+    line: Line, clock: Any, number: int, uploaded: MicroBatch, marks: list, finish: Callable
+) -> np.ndarray | None:
+    """Wait until a micro-batch has left this stage, and note when it was worked on."""
+    waiting = clock.now()
+    out = finish()
+    begin, ready, end = (clock.seconds(mark) for mark in marks)
+    if line.inbox:
+        line.spans.append(Span("receive", number, begin, ready))
+    line.spans.append(Span("compute", number, ready, end))
+    if line.outbox:
+        line.spans.append(Span("send", number, max(end, waiting), clock.now()))
+    return out

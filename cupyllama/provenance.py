@@ -6,13 +6,13 @@ import platform
 from pathlib import Path
 
 import cupyllama
-from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
+from cupyllama.checkpoint.source import Checkpoint
 from cupyllama.config import ModelConfig
 from cupyllama.parallel.devices import Device
 
 
 def digests(
-    checkpoint: SafetensorsCheckpoint, config: ModelConfig, tokenizer: Path, data: str
+    checkpoint: Checkpoint, config: ModelConfig, tokenizer: Path, data: str
 ) -> dict[str, str]:
     """SHA-256 of what went in; the model's is over config.json and a sample of each tensor."""
     model = hashlib.sha256(repr(config).encode() + checkpoint.digest().encode()).hexdigest()

@@ -1,17 +1,13 @@
 """What a run found: accuracies, the table that a person reads, and the files that machines read."""
 
-import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cupyllama.errors import OutputError
 from cupyllama.tasks.question import Question
+from cupyllama.trace import Span
 
 # How a choice's log-likelihood is normalised before the best one is picked.
 NORMALISATIONS = {
@@ -84,6 +80,37 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class RankReport:
+    """What one rank did."""
+
+    rank: int
+    replica: int
+    layers: tuple[int, int]  # from, and up to
+    device: str
+    bytes_read: int  # of the checkpoint
+    micro_batches: int
+    busy: float  # share of the evaluation in computation
+    spans: list[Span]
+
+    @property
+    def title(self) -> str:
+        return f"rank {self.rank}: layers {self.layers[0]} to {self.layers[1] - 1}"
+
+    def as_json(self) -> dict[str, Any]:
+        computing = [span.end - span.begin for span in self.spans if span.name == "compute"]
+        return {
+            "rank": self.rank,
+            "replica": self.replica,
+            "layers": list(self.layers),
+            "device": self.device,
+            "bytes_read": self.bytes_read,
+            "micro_batches": self.micro_batches,
+            "busy": self.busy,
+            "seconds_a_micro_batch": sum(computing) / max(len(computing), 1),
+        }
+
+
+@dataclass(frozen=True)
 class Report:
     """All that a run has to say."""
 
@@ -95,11 +122,18 @@ class Report:
     tokens_asked: int
     tokens_computed: int
     truncated_rows: int
-    seconds: dict[str, float]  # loading, preparing, evaluating
+    seconds: dict[str, float]  # loading and preparing, side by side; evaluating
+    total_seconds: float
     settings: dict[str, Any]  # model, convention, BOS, dtype, device, micro-batches
     digests: dict[str, str]
     versions: dict[str, str]
     date: float  # seconds since the epoch, when the run began
+    ranks: Sequence[RankReport]
+
+    @property
+    def bubble(self) -> float:
+        """The share of all ranks' time in which they computed nothing."""
+        return 1 - sum(rank.busy for rank in self.ranks) / len(self.ranks)
 
     @property
     def questions_per_second(self) -> float:
@@ -119,7 +153,7 @@ class Report:
             "config": self.settings,
             "versions": {self.task: 1.0},
             "date": self.date,
-            "total_evaluation_time_seconds": str(sum(self.seconds.values())),
+            "total_evaluation_time_seconds": str(self.total_seconds),
             "cupyllama": {
                 "headline": self.headline,
                 "questions_per_second": self.questions_per_second,
@@ -127,6 +161,8 @@ class Report:
                 "tokens_asked": self.tokens_asked,
                 "tokens_computed": self.tokens_computed,
                 "truncated_rows": self.truncated_rows,
+                "bubble": self.bubble,
+                "ranks": [rank.as_json() for rank in self.ranks],
                 "digests": self.digests,
                 "versions": self.versions,
             },
@@ -154,55 +190,23 @@ class Report:
             "",
             f"  {self.questions_per_second:,.1f} questions/s; {self.tokens_asked:,} tokens asked, "
             f"{self.tokens_computed:,} computed ({ratio:.2f} times fewer)",
-            f"  {seconds['loading']:.1f} s loading, {seconds['preparing']:.1f} s preparing, "
+            f"  {seconds['loading']:.1f} s loading beside {seconds['preparing']:.1f} s preparing, "
             f"{seconds['evaluating']:.1f} s evaluating",
         ]
+        if len(self.ranks) > 1:
+            lines += ["", f"  {'rank':<28}{'micro-batches':>14}{'GB read':>10}{'busy':>8}"]
+            for rank in self.ranks:
+                lines.append(
+                    f"  {rank.title:<28}{rank.micro_batches:>14,}{rank.bytes_read / 1e9:>10.2f}"
+                    f"{100 * rank.busy:>7.1f}%"
+                )
+            lines.append(f"  bubble {100 * self.bubble:.1f}%")
         if self.truncated_rows:
             lines.append(
                 f"  {self.truncated_rows:,} rows were longer than the model allows and kept their "
                 "last tokens"
             )
         return "\n".join(lines)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file that is there whole or not at all."""
-    _write_whole(path, [json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"])
-
-
-def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """A file of one JSON object a line that is there whole or not at all."""
-    _write_whole(path, (json.dumps(record, allow_nan=False) + "\n" for record in records))
-
-
-def check_writable(path: Path) -> None:
-    """Find out before the run, not after it, that a result could not be written.
-
-    Raises:
-        OutputError: the directory is missing or refuses a new file.
-    """
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory", "Give the name of a file.")
-
-
-def _write_whole(path: Path, chunks: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror}", "Is there space left on the disk?"
-        ) from error
 
 
 def _finite(value: float) -> float | None:

@@ -2,29 +2,34 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cupyllama.checkpoint.llama import stage_bytes
-from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
+from cupyllama.background import BackgroundLoad
+from cupyllama.checkpoint.source import open_checkpoint
+from cupyllama.checkpoint.stages import split_layers
 from cupyllama.config import ModelConfig, load_config
-from cupyllama.errors import DeviceError, ModelError
+from cupyllama.errors import DataError, ModelError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
-from cupyllama.loading import load_stage
+from cupyllama.files import check_writable, write_json, write_json_lines
+from cupyllama.journal import Journal
 from cupyllama.model.llama import Stage
-from cupyllama.packing import MicroBatch
-from cupyllama.parallel.devices import Device, choose_device, choose_dtype, gpu_dtype, storage_dtype
+from cupyllama.parallel import pipeline
+from cupyllama.parallel.devices import choose_device, choose_dtype, storage_dtype
+from cupyllama.parallel.pipeline import make_grid
+from cupyllama.parallel.world import World, open_world
+from cupyllama.plan import describe_plan
 from cupyllama.provenance import digests, versions
-from cupyllama.report import Answers, Report, check_writable, write_json, write_json_lines
-from cupyllama.sizing import DEFAULT_TOKENS, activation_bytes, micro_batch_tokens
+from cupyllama.report import Answers, RankReport, Report
+from cupyllama.sizing import micro_batch_tokens
 from cupyllama.tasks.conventions import CONVENTIONS, TokenRows, token_rows
 from cupyllama.tasks.files import Task, first_questions, load_task
 from cupyllama.tasks.question import Question
 from cupyllama.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from cupyllama.trace import Span, busy_seconds, write_trace
 
 
 @dataclass(frozen=True)
@@ -41,239 +46,365 @@ class ScoreOptions:
     micro_batch_tokens: int | None = None  # None: the default, or as many as fit
     convention: str = "lm-eval"
     bos: bool | None = None  # None: as the convention, else the tokenizer, has it
+    replicas: int = 1
+    layers_per_stage: tuple[int, ...] | None = None  # None: so that the slowest is fastest
     output: Path | None = None
     samples: Path | None = None
+    resume: bool = False
+    trace: Path | None = None
     dry_run: bool = False
     quiet: bool = False
 
 
-class Clock:
-    """Seconds spent in each phase."""
-
-    def __init__(self) -> None:
-        self.seconds = {"loading": 0.0, "preparing": 0.0, "evaluating": 0.0}
-
-    @contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - begin
-
-
 @dataclass(frozen=True)
-class Prepared:
-    """Everything about the questions that the device need not know."""
+class Questions:
+    """Everything about the questions that a device need not know."""
 
     task: Task
-    questions: list[Question]
+    asked: list[Question]
     tokenizer: Tokenizer
     bos: bool
     rows: TokenRows
 
 
 def score(options: ScoreOptions) -> Report | None:
-    """Run the whole job; None after a dry run.
+    """Run the whole job, together with the other ranks if a launcher started several.
+
+    Returns:
+        The report on rank 0; None elsewhere, and after a dry run.
 
     Raises:
         CupyllamaError: whatever the user can mend, each with its exit code.
     """
-    clock, began = Clock(), time.time()
-    for path in (options.output, options.samples):
-        if path is not None and not options.dry_run:
-            check_writable(path)
-    with clock.measure("preparing"):
-        config = load_config(options.model)
-        prepared = prepare(options, config)
-    if options.dry_run:
-        print(describe_plan(options, config, prepared))
-        return None
-    device, reason = choose_device(options.device)
-    say = (lambda text: None) if options.quiet else (lambda text: print(text, file=sys.stderr))
-    if reason and options.device == "auto":
-        say(f"no GPU ({reason}); computing on the CPU")
-    dtype = choose_dtype(options.dtype, config.dtype, device)
-    checkpoint = SafetensorsCheckpoint(options.model)
-    with clock.measure("loading"):
-        stage = load_model(checkpoint, config, prepared.rows, device, dtype, options.quiet)
-    with clock.measure("preparing"):
-        longest = prepared.rows.longest
-        size = micro_batch_tokens(options.micro_batch_tokens, longest, config, device, dtype)
-        batches = plan(prepared.rows.rows, size, stage.ops)
-    with clock.measure("evaluating"):
-        scores = run(stage, prepared, batches, size, options.quiet, say)
-    answers = check_answers(stage, prepared, scores)
-    report = Report(
-        task=prepared.task.name,
-        metrics=answers.metrics(),
-        headline=CONVENTIONS[options.convention].headline,
-        questions=len(prepared.questions),
-        questions_in_file=len(prepared.task.questions),
-        tokens_asked=prepared.rows.tokens_asked,
-        tokens_computed=scores.tokens_computed,
-        truncated_rows=prepared.rows.truncated,
-        seconds=clock.seconds,
-        settings=settings(options, config, prepared, device, dtype, scores),
-        digests=digests(checkpoint, config, prepared.tokenizer.path, prepared.task.digest),
-        versions=versions(device),
-        date=began,
-    )
-    if options.samples is not None:
-        write_json_lines(options.samples, answers.samples())
-    if options.output is not None:
-        write_json(options.output, report.as_json())
+    world = open_world()
+    run = Run(options, world)
+    try:
+        with world.together():
+            run.set_up()
+        with world.together():
+            run.read_questions()
+        if options.dry_run:
+            report = run.describe()
+        else:
+            run.agree()
+            with world.together():
+                run.pack_and_load()
+            with world.alone():
+                run.connect()
+                report = run.evaluate()
+    finally:
+        run.stop_loading()
+    world.close()
     return report
 
 
-def prepare(options: ScoreOptions, config: ModelConfig) -> Prepared:
+class Run:
+    """One rank's part of a run, step by step.
+
+    What a step may raise it raises before it waits for another rank: `together` and `agree` are
+    where ranks meet.
+    """
+
+    def __init__(self, options: ScoreOptions, world: World):
+        self.options, self.world = options, world
+        self.is_printer = world.rank == 0 and not options.quiet
+        self.began = time.time()
+        self.spans: list[Span] = []
+        self.load: BackgroundLoad | None = None
+        self.journal: Journal | None = None
+
+    def say(self, text: str) -> None:
+        """One line on stderr, from rank 0 alone."""
+        if self.is_printer:
+            print(text, file=sys.stderr)
+
+    def set_up(self) -> None:
+        """Who does what on which device; begins to load."""
+        options, world = self.options, self.world
+        self.config = load_config(options.model)
+        self.grid = make_grid(world, options.replicas)
+        self.split = split_layers(self.config, self.grid.stages, options.layers_per_stage)
+        self.layers = self.split[self.grid.stage]
+        if options.dry_run:
+            return
+        if world.rank == 0:
+            for path in (options.output, options.samples, options.trace):
+                if path is not None:
+                    check_writable(path)
+            if options.samples is not None:
+                self.journal = Journal(options.samples)
+        self.device, reason = choose_device(options.device, world.local_rank)
+        if reason and options.device == "auto":
+            self.say(f"no GPU ({reason}); computing on the CPU")
+        self.dtype = choose_dtype(options.dtype, self.config.dtype, self.device)
+        self.checkpoint = open_checkpoint(options.model)
+        self.load = BackgroundLoad(
+            self.checkpoint, self.config, self.layers, self.dtype, self.device, self.is_printer
+        )
+
+    def read_questions(self) -> None:
+        """Questions to token rows, while weights are loading."""
+        begin = time.time()
+        self.questions = read_questions(self.options, self.config)
+        self.spans.append(Span("tokenise", None, begin, time.time()))
+        if self.options.dry_run:
+            return
+        tokenizer, task = self.questions.tokenizer, self.questions.task
+        self.digests = digests(self.checkpoint, self.config, tokenizer.path, task.digest)
+        self.old = self.journal.settings() if self.journal and self.options.resume else None
+
+    def agree(self) -> None:
+        """All ranks have the same work before them; settles the micro-batch size."""
+        rows = self.questions.rows
+        work = {
+            "model": self.digests["model"],
+            "token rows": rows.digest(),
+            "dtype": self.dtype,
+            "kind of device": self.device.kind,
+        }
+        places = self.world.allgather(self.device.place)
+        asked = self.options.micro_batch_tokens or (self.old or {}).get("micro_batch_tokens")
+        free = self.load.free_for_activations(sharing=places.count(self.device.place))
+        size = micro_batch_tokens(
+            asked, rows.longest, self.config, self.dtype, self.device.ops.LOGIT_CHUNK, free
+        )
+        everyone = self.world.allgather((work, size, asked))
+        with self.world.together():
+            for rank, (other, _, _) in enumerate(everyone):
+                differing = [what for what in work if other[what] != everyone[0][0][what]]
+                if differing:
+                    raise DataError(
+                        f"rank {rank} and rank 0 differ in: {', '.join(differing)}",
+                        "Every host needs the same files at the same paths, and equal devices.",
+                    )
+        self.size = everyone[0][2] or min(size for _, size, _ in everyone)
+
+    def pack_and_load(self) -> None:
+        """Micro-batches, what an earlier run knew of them, and the stage itself."""
+        begin = time.time()
+        rows = self.questions.rows.rows
+        self.batches = plan(rows, self.size, self.device.ops)
+        self.spans.append(Span("tokenise", None, begin, time.time()))
+        self.scores = ChoiceScores.empty(len(rows), self.size)
+        if self.old is not None:
+            count = self.journal.resume(self.fingerprint(), self.scores)
+            self.say(f"resuming: {count:,} of {len(rows):,} choices are scored already")
+        elif self.journal is not None:
+            if self.options.resume:
+                self.say(f"{self.journal.path} is not there: scoring everything")
+            self.journal.begin(self.fingerprint())
+        weights = self.load.wait()
+        self.spans.append(Span("load", None, self.load.began, self.load.ended))
+        self.stage = Stage(self.config, weights, self.device.ops, self.questions.rows.longest)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for answers to go together."""
+        return self.digests | {
+            "questions": len(self.questions.asked),
+            "convention": self.options.convention,
+            "bos": self.questions.bos,
+            "dtype": self.dtype,
+            "device": self.device.name if self.device.kind == "cuda" else "cpu",
+            "micro_batch_tokens": self.size,
+        }
+
+    def connect(self) -> None:
+        """Leave out what is known, and open the channels to the neighbours."""
+        self.scores.done = self.world.allgather(self.scores.done)[0]
+        self.batches = self.scores.missing(self.batches)
+        self.line = pipeline.connect(
+            self.world,
+            self.grid,
+            self.stage,
+            self.device,
+            self.batches,
+            self.config,
+            storage_dtype(self.dtype),
+        )
+
+    def evaluate(self) -> Report | None:
+        """Score what is missing; on rank 0, write and return the report."""
+        rows = self.questions.rows
+        self.world.allgather(None)  # all are ready: the clock runs
+        begin = time.time()
+        with ProgressBar(rows.choice_start, self.scores.done, self.is_printer) as bar:
+
+            def on_choices(choices: np.ndarray) -> None:
+                if self.journal is not None:
+                    self.journal.append(self.scores, choices)
+                bar.advance(choices)
+
+            def on_halved(tokens: int) -> None:
+                self.say(f"out of memory: going on with micro-batches of {tokens} tokens")
+
+            if self.world.size == 1:
+                evaluate(self.line, rows.rows, self.batches, self.scores, on_choices, on_halved)
+            else:
+                pipeline.run(
+                    self.world,
+                    self.grid,
+                    self.line,
+                    self.batches,
+                    lambda batch, out: on_choices(self.scores.add(batch, out)),
+                )
+        self.world.allgather(None)
+        seconds = time.time() - begin
+        ranks = self.world.allgather(self.rank_report(seconds))
+        if self.world.rank != 0:
+            return None
+        return self.finish(seconds, ranks)
+
+    def rank_report(self, seconds: float) -> RankReport:
+        """This rank's part, for rank 0."""
+        spans = self.spans + self.line.spans
+        return RankReport(
+            rank=self.world.rank,
+            replica=self.grid.replica,
+            layers=(self.layers.start, self.layers.stop),
+            device=self.device.name,
+            bytes_read=self.checkpoint.bytes_read,
+            micro_batches=len(self.grid.share(self.batches)),
+            busy=busy_seconds(spans) / max(seconds, 1e-9),
+            spans=spans,
+        )
+
+    def finish(self, seconds: float, ranks: list[RankReport]) -> Report:
+        """Answers to files, and the report."""
+        options, questions = self.options, self.questions
+        answers = self.check_answers()
+        report = Report(
+            task=questions.task.name,
+            metrics=answers.metrics(),
+            headline=CONVENTIONS[options.convention].headline,
+            questions=len(questions.asked),
+            questions_in_file=len(questions.task.questions),
+            tokens_asked=questions.rows.tokens_asked,
+            tokens_computed=self.scores.tokens_computed,
+            truncated_rows=questions.rows.truncated,
+            seconds={
+                "loading": sum(s.end - s.begin for s in self.spans if s.name == "load"),
+                "preparing": sum(s.end - s.begin for s in self.spans if s.name == "tokenise"),
+                "evaluating": seconds,
+            },
+            total_seconds=time.time() - self.began,
+            settings=self.settings(),
+            digests=self.digests,
+            versions=versions(self.device),
+            date=self.began,
+            ranks=ranks,
+        )
+        if options.samples is not None:
+            write_json_lines(options.samples, answers.samples())
+            self.journal.remove()
+        if options.output is not None:
+            write_json(options.output, report.as_json())
+        if options.trace is not None:
+            write_trace(options.trace, [(rank.title, rank.spans) for rank in ranks])
+        return report
+
+    def check_answers(self) -> Answers:
+        """Refuse a log-likelihood that is not a number.
+
+        Raises:
+            ModelError: naming the first question and choice that has one.
+        """
+        questions, scores = self.questions, self.scores
+        choice_start = questions.rows.choice_start
+        suspects = np.flatnonzero(~np.isfinite(scores.loglikelihoods))
+        if len(suspects):
+            choice = suspects[0]
+            if self.world.size == 1:  # the whole model is here: find out which it was
+                found = first_broken(self.stage, questions.rows.rows, suspects)
+                choice = choice if found is None else found
+            if self.journal is not None:
+                self.journal.remove()
+            question = int(np.searchsorted(choice_start, choice, side="right")) - 1
+            raise ModelError(
+                f"question {question}, choice {choice - choice_start[question]}: the "
+                f"log-likelihood is {scores.loglikelihoods[choice]}",
+                "float16 may overflow: try --dtype bfloat16 or float32. If that does not help, "
+                "the weights are broken.",
+            )
+        return Answers(
+            questions.asked,
+            choice_start,
+            scores.loglikelihoods,
+            scores.is_greedy,
+            questions.rows.num_tokens,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What another run must share to be comparable."""
+        return {
+            "model": str(self.options.model),
+            "model_config": asdict(self.config),
+            "tokenizer": str(self.questions.tokenizer.path),
+            "data": self.questions.task.source,
+            "limit": self.options.limit,
+            "convention": self.options.convention,
+            "bos": self.questions.bos,
+            "dtype": self.dtype,
+            "device": self.device.name,
+            "replicas": self.grid.replicas,
+            "stages": self.grid.stages,
+            "micro_batch_tokens": self.scores.micro_batch_tokens,
+        }
+
+    def describe(self) -> None:
+        """Print what a run would do."""
+        if self.world.rank == 0:
+            print(describe_plan(self.options, self.config, self.questions, self.split, self.grid))
+
+    def stop_loading(self) -> None:
+        """End the loading threads, if an error left them running."""
+        if self.load is not None:
+            self.load.cancel()
+
+
+def read_questions(options: ScoreOptions, config: ModelConfig) -> Questions:
     """Questions to token rows."""
     convention = CONVENTIONS[options.convention]
     tokenizer = load_tokenizer(options.model, options.tokenizer)
     check_vocabulary(tokenizer, config.vocab_size, options.model)
     task = load_task(options.data, options.convention, options.task)
-    questions = first_questions(task.questions, options.limit)
+    asked = first_questions(task.questions, options.limit)
     bos = options.bos if options.bos is not None else convention.bos
     bos = tokenizer.adds_bos if bos is None else bos
-    rows = token_rows(questions, tokenizer, convention, bos, config.max_length)
-    return Prepared(task, questions, tokenizer, bos, rows)
-
-
-def load_model(
-    checkpoint: SafetensorsCheckpoint,
-    config: ModelConfig,
-    rows: TokenRows,
-    device: Device,
-    dtype: str,
-    quiet: bool,
-) -> Stage:
-    """All layers on one device.
-
-    Raises:
-        DeviceError: the weights do not fit.
-    """
-    from tqdm import tqdm
-
-    layers = range(config.num_hidden_layers)
-    need, free = stage_bytes(config, layers, storage_dtype(dtype)), device.free_bytes()
-    too_large = DeviceError(
-        f"the weights take {need / 1e9:.1f} GB in {dtype}, and {device.name} has "
-        f"{(free or 0) / 1e9:.1f} GB free",
-        "Free some memory, give a smaller --dtype, or take a larger device.",
+    return Questions(
+        task,
+        asked,
+        tokenizer,
+        bos,
+        token_rows(asked, tokenizer, convention, bos, config.max_length),
     )
-    if free is not None and need > free:
-        raise too_large
-    with tqdm(
-        total=need, unit="B", unit_scale=True, desc="loading", disable=quiet or None, leave=False
-    ) as bar:
-        try:
-            weights = load_stage(
-                checkpoint, config, layers, storage_dtype(dtype), device.ops.to_device, bar.update
-            )
-        except MemoryError as error:
-            raise too_large from error
-    return Stage(config, weights, device.ops, rows.longest)
 
 
-def run(
-    stage: Stage,
-    prepared: Prepared,
-    batches: list[MicroBatch],
-    size: int,
-    quiet: bool,
-    say,
-) -> ChoiceScores:
-    """Evaluate under a progress bar that counts the questions whose choices are all done."""
-    from tqdm import tqdm
+class ProgressBar:
+    """Counts the questions whose choices are all done."""
 
-    choice_start = prepared.rows.choice_start
-    question_of_choice = np.repeat(np.arange(len(choice_start) - 1), np.diff(choice_start))
-    waiting = np.diff(choice_start)
-    with tqdm(
-        total=len(waiting), unit="question", desc="scoring", disable=quiet or None, smoothing=0.1
-    ) as bar:
+    def __init__(self, choice_start: np.ndarray, done: np.ndarray, visible: bool):
+        counts = np.diff(choice_start)
+        self._question = np.repeat(np.arange(len(counts)), counts)  # of each choice
+        self._waiting = np.bincount(self._question, ~done, len(counts)).astype(int)
+        self._visible = visible
 
-        def on_choices(choices: np.ndarray) -> None:
-            np.subtract.at(waiting, question_of_choice[choices], 1)
-            bar.update(int((waiting == 0).sum()) - bar.n)
+    def __enter__(self) -> "ProgressBar":
+        from tqdm import tqdm
 
-        def on_halved(tokens: int) -> None:
-            bar.clear()
-            say(f"out of memory: going on with micro-batches of {tokens} tokens")
-
-        return evaluate(stage, prepared.rows.rows, batches, size, on_choices, on_halved)
-
-
-def check_answers(stage: Stage, prepared: Prepared, scores: ChoiceScores) -> Answers:
-    """Refuse a log-likelihood that is not a number.
-
-    Raises:
-        ModelError: naming the first question and choice that has one.
-    """
-    rows, choice_start = prepared.rows.rows, prepared.rows.choice_start
-    suspects = np.flatnonzero(~np.isfinite(scores.loglikelihoods))
-    if len(suspects):
-        choice = first_broken(stage, rows, suspects)
-        choice = suspects[0] if choice is None else choice
-        question = int(np.searchsorted(choice_start, choice, side="right")) - 1
-        raise ModelError(
-            f"question {question}, choice {choice - choice_start[question]}: the log-likelihood "
-            f"is {scores.loglikelihoods[choice]}",
-            "float16 may overflow: try --dtype bfloat16 or float32. If that does not help, the "
-            "weights are broken.",
+        self._bar = tqdm(
+            total=len(self._waiting),
+            initial=int((self._waiting == 0).sum()),
+            unit="question",
+            desc="scoring",
+            disable=None if self._visible else True,  # None: on a terminal only
+            smoothing=0.1,
         )
-    return Answers(
-        prepared.questions,
-        choice_start,
-        scores.loglikelihoods,
-        scores.is_greedy,
-        prepared.rows.num_tokens,
-    )
+        return self
 
+    def advance(self, choices: np.ndarray) -> None:
+        """These choices are done."""
+        np.subtract.at(self._waiting, self._question[choices], 1)
+        self._bar.update(int((self._waiting == 0).sum()) - self._bar.n)
 
-def settings(
-    options: ScoreOptions,
-    config: ModelConfig,
-    prepared: Prepared,
-    device: Device,
-    dtype: str,
-    scores: ChoiceScores,
-) -> dict:
-    """What another run must share to be comparable."""
-    return {
-        "model": str(options.model),
-        "model_config": asdict(config),
-        "tokenizer": str(prepared.tokenizer.path),
-        "data": prepared.task.source,
-        "limit": options.limit,
-        "convention": options.convention,
-        "bos": prepared.bos,
-        "dtype": dtype,
-        "device": device.name,
-        "micro_batch_tokens": scores.micro_batch_tokens,
-    }
-
-
-def describe_plan(options: ScoreOptions, config: ModelConfig, prepared: Prepared) -> str:
-    """What a run would do, as far as it can be told without touching a device."""
-    from cupyllama.ops import reference
-
-    rows = prepared.rows
-    size = options.micro_batch_tokens or max(DEFAULT_TOKENS, rows.longest)
-    batches = plan(rows.rows, size, reference)
-    computed = sum(len(batch.token_ids) for batch in batches)
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "float32" if options.device == "cpu" else gpu_dtype(config.dtype)
-    weights = stage_bytes(config, range(config.num_hidden_layers), storage_dtype(dtype))
-    activations = activation_bytes(config, size, dtype, reference.LOGIT_CHUNK)
-    return "\n".join(
-        [
-            f"{prepared.task.name}: {len(prepared.questions):,} questions, {len(rows.rows):,} rows "
-            f"of up to {rows.longest:,} tokens, {rows.truncated:,} of them truncated",
-            f"{rows.tokens_asked:,} tokens asked, {computed:,} computed "
-            f"({rows.tokens_asked / max(computed, 1):.2f} times fewer), "
-            f"{size * len(batches):,} with the padding that a GPU wants",
-            f"{len(batches):,} micro-batches of {size:,} tokens",
-            f"{config.num_hidden_layers} layers, {weights / 1e9:.2f} GB of weights in {dtype}, "
-            f"{activations / 1e9:.2f} GB of activations",
-        ]
-    )
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()

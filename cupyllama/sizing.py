@@ -1,23 +1,28 @@
 """How many tokens a micro-batch has, and what memory it takes."""
 
 from cupyllama.config import ModelConfig
-from cupyllama.parallel.devices import Device, storage_dtype
+from cupyllama.parallel.devices import storage_dtype
 
 DEFAULT_TOKENS = 8192
 LEAST_TOKENS = 256
 
 
 def micro_batch_tokens(
-    asked: int | None, longest_row: int, config: ModelConfig, device: Device, dtype: str
+    asked: int | None,
+    longest_row: int,
+    config: ModelConfig,
+    dtype: str,
+    logit_chunk: int,
+    free: int | None,
 ) -> int:
-    """The size asked for, or the default, halved until its activations fit the free memory."""
+    """The size asked for, or the default, halved until its activations fit `free` bytes."""
     if asked is not None:
         return asked
-    size, free = max(DEFAULT_TOKENS, longest_row), device.free_bytes()
+    size = max(DEFAULT_TOKENS, longest_row)
     while (
         free is not None
         and size // 2 >= max(longest_row, LEAST_TOKENS)
-        and activation_bytes(config, size, dtype, device.ops.LOGIT_CHUNK) > 0.9 * free
+        and activation_bytes(config, size, dtype, logit_chunk) > 0.9 * free
     ):
         size //= 2
     return size

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from cupyllama.errors import ModelError
 
+_PART = 256
 _SPACE = "▁"  # how SentencePiece writes a space
 
 
@@ -58,7 +59,9 @@ class SentencePieceTokenizer:
         return not crosses and self.encode(["a b"])[0] == sum(self.encode(["a", "b"]), [])
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.EncodeAsIds(list(texts), num_threads=1) if texts else []
+        # In parts: SentencePiece keeps Python's other threads, which load weights, waiting.
+        parts = (texts[first : first + _PART] for first in range(0, len(texts), _PART))
+        return [ids for part in parts for ids in self._processor.EncodeAsIds(list(part))]
 
 
 class HFTokenizer:

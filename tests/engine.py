@@ -7,7 +7,7 @@ import numpy as np
 
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.config import load_config
-from cupyllama.evaluate import ChoiceScores, evaluate, plan
+from cupyllama.evaluate import ChoiceScores, Line, evaluate, plan
 from cupyllama.loading import load_stage
 from cupyllama.model.llama import Stage
 from cupyllama.ops import reference
@@ -18,9 +18,7 @@ def build_stage(model: Path, ops=reference, dtype=np.float32, positions: int = 5
     """All layers of a checkpoint directory."""
     config = load_config(model)
     layers = range(config.num_hidden_layers)
-    weights = load_stage(
-        SafetensorsCheckpoint(model), config, layers, np.dtype(dtype), ops.to_device
-    )
+    weights = load_stage(SafetensorsCheckpoint(model), config, layers, np.dtype(dtype), ops)
     return Stage(config, weights, ops, positions)
 
 
@@ -38,5 +36,6 @@ def score_rows(
     stage: Stage, rows: Sequence[TokenRow], micro_batch_tokens: int = 1024
 ) -> ChoiceScores:
     """Every row's log-likelihood."""
-    batches = plan(rows, micro_batch_tokens, stage.ops)
-    return evaluate(stage, rows, batches, micro_batch_tokens)
+    scores = ChoiceScores.empty(len(rows), micro_batch_tokens)
+    evaluate(Line(stage), rows, plan(rows, micro_batch_tokens, stage.ops), scores)
+    return scores

@@ -12,7 +12,7 @@ from tiny_models import write_tiny_model
 
 from cupyllama.cli import cli
 from cupyllama.config import load_config
-from cupyllama.score import ScoreOptions, prepare
+from cupyllama.score import ScoreOptions, read_questions
 from cupyllama.tasks.files import demo_directory
 
 DATA = Path(__file__).parent / "data"
@@ -96,7 +96,7 @@ def check_scores(recorded: dict, model: Path, questions: Path, bos: str, folder:
 
 def test_real_questions_have_the_same_token_rows(questions, model):
     options = ScoreOptions(model=model, data=questions, bos=True)
-    rows = prepare(options, load_config(model)).rows
+    rows = read_questions(options, load_config(model)).rows
     ours = [zlib.crc32(np.array(row.token_ids, "<i4").tobytes()) for row in rows.rows]
     theirs = [crc for question in RECORDED["questions"] for crc in question["row_crc32"]]
     assert ours == theirs

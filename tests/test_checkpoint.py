@@ -15,13 +15,14 @@ from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.config import load_config
 from cupyllama.errors import ModelError
 from cupyllama.loading import load_stage
+from cupyllama.ops import reference
 
 
 def load(directory: Path, layers: range | None = None, dtype=np.float32):
     config = load_config(directory)
     layers = range(config.num_hidden_layers) if layers is None else layers
     checkpoint = SafetensorsCheckpoint(directory)
-    weights = load_stage(checkpoint, config, layers, np.dtype(dtype), lambda array: array)
+    weights = load_stage(checkpoint, config, layers, np.dtype(dtype), reference)
     return weights, checkpoint, config
 
 

@@ -231,5 +231,5 @@ def test_a_full_disk(folder):
     command[1:3] = ["-c", limited, "cupyllama"]
     answer = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert answer.returncode == 1, answer.stderr
-    assert f"{output}: cannot be written: File too large" in answer.stderr
+    assert f"{output}.partial: cannot be written: File too large" in answer.stderr
     assert "Traceback" not in answer.stderr and os.listdir(folder) == ["model", "q.jsonl"]

@@ -13,7 +13,7 @@ from engine import build_stage, question_rows, score_rows
 from tiny_models import write_tiny_model
 
 from cupyllama.errors import DeviceError
-from cupyllama.evaluate import evaluate, plan
+from cupyllama.evaluate import ChoiceScores, Line, evaluate, plan
 from cupyllama.ops import reference
 from cupyllama.packing import TokenRow
 
@@ -73,8 +73,8 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(tmp_path):
     expected = score_rows(build_stage(model), rows).loglikelihoods
     failures, halved, done = [], [], []
     stage = build_stage(model, forgetful(150, failures))
-    batches = plan(rows, 512, stage.ops)
-    scores = evaluate(stage, rows, batches, 512, done.extend, halved.append)
+    scores = ChoiceScores.empty(len(rows), 512)
+    evaluate(Line(stage), rows, plan(rows, 512, stage.ops), scores, done.extend, halved.append)
     assert failures and halved == [256, 128]
     assert scores.micro_batch_tokens == [512, 256, 128]
     np.testing.assert_allclose(scores.loglikelihoods, expected, atol=1e-4)
@@ -96,7 +96,8 @@ def test_memory_that_ends_half_way_keeps_what_is_done(tmp_path):
 
     stage.ops = types.SimpleNamespace(**{**vars(reference), "embedding": embedding})
     done = []
-    scores = evaluate(stage, rows, plan(rows, 128, stage.ops), 128, done.extend)
+    scores = ChoiceScores.empty(len(rows), 128)
+    evaluate(Line(stage), rows, plan(rows, 128, stage.ops), scores, done.extend)
     np.testing.assert_allclose(scores.loglikelihoods, expected, atol=1e-4)
     assert sorted(done) == list(range(len(rows)))  # none twice
     assert scores.micro_batch_tokens[0] == 128 and 64 <= scores.micro_batch_tokens[1] < 128
@@ -106,7 +107,7 @@ def test_memory_for_not_even_the_longest_row(tmp_path):
     rows = question_rows(RECORDED["gqa"])
     stage = build_stage(write_tiny_model("gqa", tmp_path), forgetful(10, []))
     with pytest.raises(DeviceError, match="out of memory with micro-batches of") as error:
-        evaluate(stage, rows, plan(rows, 256, stage.ops), 256)
+        score_rows(stage, rows, 256)
     assert error.value.exit_code == 5
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cupyllama.errors import OutputError
-from cupyllama.report import Answers, check_writable, write_json, write_json_lines
+from cupyllama.files import check_writable, write_json, write_json_lines
+from cupyllama.report import Answers
 from cupyllama.tasks.question import Question
 
 QUESTIONS = [

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
+from cupyllama.checkpoint.source import Checkpoint
 from cupyllama.config import ModelConfig
 from cupyllama.errors import ModelError
 
@@ -63,7 +63,7 @@ class Field:
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
 
-def check_names(checkpoint: SafetensorsCheckpoint, config: ModelConfig) -> None:
+def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Every tensor that the model has is stored with the right shape, and nothing else is.
 
     Raises:

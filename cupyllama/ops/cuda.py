@@ -1,6 +1,7 @@
 """The operations on a GPU: checks and one launch each; `reference` says what they mean."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -35,6 +36,30 @@ class DeviceBatch(MicroBatch):
 
     tiles: Array  # (tiles, 2) segment, first query in it; most keys first
     staged: np.ndarray  # pinned, and copied from while the device gets to it
+
+
+class Clock:
+    """Marks in the work of the device, as seconds since the epoch."""
+
+    def __init__(self) -> None:
+        self._first = cupy.cuda.Event()
+        self._first.record()
+        self._first.synchronize()
+        self._begin = time.time()
+
+    def mark(self) -> cupy.cuda.Event:
+        """This point in the work queued so far."""
+        event = cupy.cuda.Event()
+        event.record()
+        return event
+
+    def seconds(self, mark: cupy.cuda.Event) -> float:
+        """When the device was at the mark, which it must have passed."""
+        return self._begin + cupy.cuda.get_elapsed_time(self._first, mark) / 1e3
+
+    def now(self) -> float:
+        """The time at the host."""
+        return time.time()
 
 
 def to_device(array: np.ndarray) -> Array:

@@ -10,6 +10,7 @@ result has the same bits on any number of them: BLAS's own threads would round b
 import contextvars
 import functools
 import os
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +24,22 @@ LOGIT_CHUNK = 1024
 
 # Rows of a matrix product that one core computes at a time.
 ROW_BLOCK = 128
+
+
+class Clock:
+    """Marks in the work of the device, as seconds since the epoch."""
+
+    def mark(self) -> float:
+        """This point in the work queued so far."""
+        return time.time()
+
+    def seconds(self, mark: float) -> float:
+        """When the device was at the mark, which it must have passed."""
+        return mark
+
+    def now(self) -> float:
+        """The time at the host."""
+        return time.time()
 
 
 def to_device(array: np.ndarray) -> np.ndarray:

@@ -20,6 +20,15 @@ class Device:
     name: str
     ops: ModuleType
     compute_capability: int = 0  # 90 for 9.0; 0 on a CPU
+    place: str = ""  # host and GPU: equal for two ranks that share one
+    number: int = 0  # of the GPU among those visible
+
+    def use(self) -> None:
+        """Make it the current device of this thread."""
+        if self.kind == "cuda":
+            import cupy
+
+            cupy.cuda.Device(self.number).use()
 
     def free_bytes(self) -> int | None:
         """Memory that can be had now, or None where the system does not say."""
@@ -35,8 +44,11 @@ class Device:
         return dtype != "bfloat16" or self.kind == "cpu" or self.compute_capability >= 80
 
 
-def choose_device(kind: str) -> tuple[Device, str]:
+def choose_device(kind: str, local_rank: int = 0) -> tuple[Device, str]:
     """The device for `--device auto|cuda|cpu`, and why `auto` took the CPU, if it did.
+
+    The ranks of a host take its visible GPUs in turn. A launcher that shows each of its processes
+    one GPU (CUDA_VISIBLE_DEVICES) has chosen already.
 
     Raises:
         DeviceError: cuda is asked for and cannot be had.
@@ -45,7 +57,7 @@ def choose_device(kind: str) -> tuple[Device, str]:
         return _cpu(), ""
     reason = why_no_cuda()
     if not reason:
-        return _cuda(), ""
+        return _cuda(local_rank), ""
     if kind == "cuda":
         raise DeviceError(f"no usable GPU: {reason}", "`cupyllama doctor` says what is missing.")
     return _cpu(), reason
@@ -68,17 +80,21 @@ def why_no_cuda() -> str:
 def _cpu() -> Device:
     from cupyllama.ops import reference
 
-    return Device("cpu", _processor_name(), reference)
+    return Device("cpu", _processor_name(), reference, place=f"{platform.node()}/cpu")
 
 
-def _cuda() -> Device:
+def _cuda(local_rank: int) -> Device:
     import cupy
 
     from cupyllama.ops import cuda
 
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    number = local_rank % cupy.cuda.runtime.getDeviceCount()
+    properties = cupy.cuda.runtime.getDeviceProperties(number)
     capability = 10 * properties["major"] + properties["minor"]
-    return Device("cuda", properties["name"].decode(), cuda, capability)
+    place = f"{platform.node()}/{cupy.cuda.runtime.deviceGetPCIBusId(number)}"
+    device = Device("cuda", properties["name"].decode(), cuda, capability, place, number)
+    device.use()
+    return device
 
 
 def storage_dtype(name: str) -> np.dtype:

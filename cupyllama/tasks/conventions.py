@@ -1,5 +1,6 @@
 """How a question is turned into token rows: three programs, three answers for one model."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,13 @@ class TokenRows:
     def longest(self) -> int:
         """The most tokens that a row feeds."""
         return max((len(row.token_ids) - 1 for row in self.rows), default=0)
+
+    def digest(self) -> str:
+        """SHA-256 of the rows and of what is predicted in them."""
+        sha = hashlib.sha256()
+        for row in self.rows:
+            sha.update(np.array([row.first_target, *row.token_ids], "<i4").tobytes())
+        return sha.hexdigest()
 
     @property
     def tokens_asked(self) -> int:

@@ -15,7 +15,7 @@ from test_evaluate import random_rows
 from tiny_models import TINY_MODELS, write_tiny_model
 
 from cupyllama.cli import cli
-from cupyllama.evaluate import evaluate, plan
+from cupyllama.evaluate import ChoiceScores, Line, evaluate, plan
 from cupyllama.ops import cuda
 from cupyllama.packing import TokenRow
 from cupyllama.tasks.files import demo_directory
@@ -103,8 +103,8 @@ def test_out_of_memory_halves_and_goes_on(tmp_path):
     size, halved = 1 << 19, []
     pool.set_limit(size=pool.used_bytes() + wide + (100 << 20))
     try:
-        batches = plan(rows, size, cuda)
-        scores = evaluate(stage, rows, batches, size, on_halved=halved.append)
+        scores = ChoiceScores.empty(len(rows), size)
+        evaluate(Line(stage), rows, plan(rows, size, cuda), scores, on_halved=halved.append)
     finally:
         pool.set_limit(size=0)
     assert halved and scores.micro_batch_tokens == [size, *halved]
@@ -121,7 +121,7 @@ def test_memory_limit_for_nothing_at_all(tmp_path):
     pool.set_limit(size=pool.used_bytes() + (1 << 20))
     try:
         with pytest.raises(DeviceError, match="out of memory"):
-            evaluate(stage, rows, plan(rows, 256, cuda), 256)
+            score_rows(stage, rows, 256)
     finally:
         pool.set_limit(size=0)
 

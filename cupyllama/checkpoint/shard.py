@@ -1,0 +1,250 @@
+"""`cupyllama shard`: a checkpoint rewritten as one file a stage, in the layout of loading."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cupyllama.checkpoint.llama import check_names, stage_fields
+from cupyllama.checkpoint.meta import has_meta
+from cupyllama.checkpoint.meta_params import as_hugging_face
+from cupyllama.checkpoint.shard_output import (
+    check_output,
+    check_space,
+    locked,
+    publish,
+    save_progress,
+    taken_up,
+    write_small,
+)
+from cupyllama.checkpoint.sharded import (
+    FORMAT,
+    ID_KEY,
+    STAGE_KEY,
+    VERSION,
+    array_name,
+)
+from cupyllama.checkpoint.source import DTYPES, Checkpoint, numpy_dtype, open_checkpoint
+from cupyllama.checkpoint.stage_writer import (
+    CHUNK_BYTES,
+    PlannedArray,
+    cannot_write,
+    header_bytes,
+    write_stage,
+)
+from cupyllama.checkpoint.stages import split_layers
+from cupyllama.config import ModelConfig, load_config
+from cupyllama.errors import ModelError, UsageError
+
+_TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """What the command line asks for."""
+
+    model: Path
+    output: Path
+    stages: int
+    tensor_parallel: int = 1
+    dtype: str = "auto"  # auto: as stored, or float32 where the parts of an array differ
+    layers_per_stage: Sequence[int] | None = None
+    force: bool = False
+    quiet: bool = False
+    chunk_bytes: int = CHUNK_BYTES
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """What was done."""
+
+    output: Path
+    files: int
+    files_kept: int  # finished by an earlier run that was interrupted
+    total_bytes: int
+    written_bytes: int
+    seconds: float
+    tokenizer: bool
+
+    def as_text(self) -> str:
+        """Two lines, or three."""
+        lines = [f"{self.output}: {self.files} stage files, {self.total_bytes / 1e9:.2f} GB"]
+        rate = self.written_bytes / max(self.seconds, 1e-9) / 1e9
+        lines.append(
+            f"{self.written_bytes / 1e9:.2f} GB written in {self.seconds:.1f} s, {rate:.2f} GB/s"
+            + (f"; {self.files_kept} files kept from an earlier run" if self.files_kept else "")
+        )
+        if not self.tokenizer:
+            lines.append("no tokenizer found: score needs --tokenizer")
+        return "\n".join(lines)
+
+
+def shard(options: ShardOptions) -> Sharded:
+    """Run the whole job.
+
+    Raises:
+        CupyllamaError: whatever the user can mend, each with its exit code.
+    """
+    began = time.perf_counter()
+    options = replace(options, output=Path(os.path.abspath(options.output)))
+    if options.tensor_parallel != 1:
+        raise UsageError(
+            f"--tensor-parallel {options.tensor_parallel} is not supported yet",
+            "Give 1, and as many --stages as there are GPUs.",
+        )
+    config = load_config(options.model)
+    layers = split_layers(config, options.stages, options.layers_per_stage)
+    checkpoint = open_checkpoint(options.model)
+    check_names(checkpoint, config)
+    stages = [_planned(checkpoint, config, span, options.dtype) for span in layers]
+    small_files = _small_files(options, config)
+    settings = _settings(options, checkpoint, layers, small_files["config.json"])
+    check_output(options.output, options.model, options.force)
+    partial = options.output.with_name(options.output.name + ".partial")
+    try:
+        with locked(partial):
+            manifest = taken_up(partial, settings, options.force)
+            kept = sum("sha256" in stage for stage in manifest["stages"])
+            sizes = [_file_bytes(arrays, settings["id"], i) for i, arrays in enumerate(stages)]
+            missing = [i for i, stage in enumerate(manifest["stages"]) if "sha256" not in stage]
+            written = sum(sizes[i] for i in missing)
+            extra = sum(map(len, small_files.values()))
+            check_space(options.output, written + extra)
+            with _progress(written, options.quiet) as on_bytes:
+                for number in missing:
+                    entry, arrays = manifest["stages"][number], stages[number]
+                    entry["bytes"], entry["sha256"] = write_stage(
+                        partial / entry["file"],
+                        checkpoint,
+                        arrays,
+                        _metadata(settings["id"], number),
+                        on_bytes,
+                        options.chunk_bytes,
+                    )
+                    entry["pieces"] = _pieces(checkpoint, arrays)
+                    save_progress(partial, manifest)
+            write_small(partial, small_files, manifest)
+            publish(partial, options.output)
+    except OSError as error:
+        raise cannot_write(options.output, error) from error
+    return Sharded(
+        output=options.output,
+        files=len(stages),
+        files_kept=kept,
+        total_bytes=sum(sizes),
+        written_bytes=written,
+        seconds=time.perf_counter() - began,
+        tokenizer=any(name.startswith("tokenizer.") for name in small_files),
+    )
+
+
+def _planned(
+    checkpoint: Checkpoint, config: ModelConfig, layers: range, dtype: str
+) -> list[PlannedArray]:
+    """The arrays of a stage; conversion loses nothing unless the user asks for a dtype."""
+    spellings = {str(known): name for name, known in DTYPES.items()}
+    arrays = []
+    for layer, field in stage_fields(config, layers):
+        stored = {numpy_dtype(checkpoint.tensors[part]) for part in field.parts}
+        if dtype != "auto":
+            chosen = spellings[dtype]
+        else:
+            chosen = spellings[str(stored.pop())] if len(stored) == 1 else "F32"
+        arrays.append(PlannedArray(array_name(layer, field.name), field, chosen))
+    return arrays
+
+
+def _small_files(options: ShardOptions, config: ModelConfig) -> dict[str, bytes]:
+    """config.json, in Hugging Face's form and the dtype asked for, and the tokenizer."""
+    model, files = options.model, {}
+    path = model / "config.json"
+    try:
+        if not path.is_file():
+            raw = as_hugging_face(config)
+        elif options.dtype == "auto":
+            raw = None
+            files["config.json"] = path.read_bytes()
+        else:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw is not None:
+            if options.dtype != "auto":
+                raw.pop("torch_dtype" if "dtype" in raw else "dtype", None)
+                raw["dtype" if "dtype" in raw else "torch_dtype"] = options.dtype
+            files["config.json"] = (json.dumps(raw, indent=2) + "\n").encode()
+        folders = [model]
+        if has_meta(model):
+            folders.append(model.resolve().parent)  # LLaMA/7B/consolidated.00.pth
+        for folder in folders:
+            for name in _TOKENIZER_FILES:
+                if (folder / name).is_file():
+                    files[name] = (folder / name).read_bytes()
+            if len(files) > 1:
+                break
+    except OSError as error:
+        raise ModelError(f"{error.filename}: {error.strerror}") from error
+    return files
+
+
+def _settings(
+    options: ShardOptions, checkpoint: Checkpoint, layers: list[range], config: bytes
+) -> dict[str, Any]:
+    """The head of the manifest: all that decides what the files hold, and an id made of it."""
+    settings: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": options.dtype,
+        "tensor_parallel": options.tensor_parallel,
+        "layers": [[span.start, span.stop] for span in layers],
+        "source": {
+            "name": options.model.resolve().name,
+            "form": checkpoint.form,
+            "digest": checkpoint.digest(),
+        },
+        "config_sha256": hashlib.sha256(config).hexdigest(),
+    }
+    settings["id"] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return settings
+
+
+def _metadata(identity: str, stage: int) -> dict[str, str]:
+    return {"format": "np", ID_KEY: identity, STAGE_KEY: str(stage)}
+
+
+def _file_bytes(arrays: list[PlannedArray], identity: str, stage: int) -> int:
+    header = header_bytes(arrays, _metadata(identity, stage))
+    return len(header) + sum(array.nbytes for array in arrays)
+
+
+def _pieces(checkpoint: Checkpoint, arrays: list[PlannedArray]) -> dict[str, list]:
+    """Of each array: tensor, file, offset and bytes of every run that it was made of."""
+    return {
+        array.name: [
+            [origin.name, origin.path.name, origin.offset, origin.nbytes]
+            for part in array.field.parts
+            for origin in checkpoint.tensors[part].origins
+        ]
+        for array in arrays
+    }
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="sharding", disable=quiet or None, leave=False
+    ) as bar:
+        yield bar.update

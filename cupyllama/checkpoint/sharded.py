@@ -1,0 +1,135 @@
+"""What `cupyllama shard` wrote, read back: the same tensors, from a file for each stage.
+
+A stage file holds the arrays of a stage in the order in which loading wants them, q, k, v and gate,
+up already stacked. A part of a stacked array is still one run of bytes, so the checkpoint offers
+the parts by Hugging Face's names: it can be loaded for any number of stages, and sharded again.
+"""
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from cupyllama.checkpoint.llama import stage_fields
+from cupyllama.checkpoint.safetensors import read_header
+from cupyllama.checkpoint.source import INCOMPLETE, Checkpoint, StoredTensor, Tensor
+from cupyllama.config import ModelConfig, load_config
+from cupyllama.errors import ModelError
+
+MANIFEST = "manifest.json"
+FORMAT = "cupyllama-shard"
+VERSION = 1
+# The keys of a stage file's metadata: the manifest's id, and the stage's number.
+ID_KEY = "cupyllama_shard"
+STAGE_KEY = "stage"
+
+
+def array_name(layer: int | None, field: str) -> str:
+    """What an array is called in a stage file."""
+    return field if layer is None else f"layers.{layer}.{field}"
+
+
+def stage_file(stage: int, stages: int) -> str:
+    """The name of a stage's file."""
+    return f"stage-{stage:02d}-of-{stages:02d}.safetensors"
+
+
+def is_sharded(directory: Path) -> bool:
+    """Whether the directory is one that `cupyllama shard` wrote."""
+    if any(directory.glob("stage-*-of-*.safetensors")):
+        return (directory / MANIFEST).is_file()  # broken or not: reading it will tell
+    return False
+
+
+def open_sharded(directory: Path) -> Checkpoint:
+    """The checkpoint that a manifest describes.
+
+    Raises:
+        ModelError: a stage file is missing, truncated, or of another model.
+    """
+    manifest = _read_manifest(directory)
+    config = load_config(directory)
+    tensors: dict[str, Tensor] = {}
+    for number, stage in enumerate(manifest["stages"]):
+        path = directory / stage["file"]
+        arrays = checked_stage(path, stage["bytes"], manifest["id"], number)
+        for tensor in _parts(path, arrays, config, range(*stage["layers"])):
+            # A tied embedding is in the first stage and in the last.
+            tensors.setdefault(tensor.name, tensor)
+    return Checkpoint(directory, "sharded", tensors)
+
+
+def checked_stage(path: Path, nbytes: int, identity: str, stage: int) -> dict[str, StoredTensor]:
+    """The arrays of a stage file that is whole and belongs to the manifest.
+
+    Raises:
+        ModelError: it is missing, of another size, or of another model or stage.
+    """
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise ModelError(
+            f"{path}: {error.strerror}, though {MANIFEST} names it", "Was it copied whole?"
+        ) from error
+    if found != nbytes:
+        raise ModelError(
+            f"{path}: has {found:,} bytes, but {MANIFEST} says {nbytes:,}", "Was it copied whole?"
+        )
+    arrays, metadata = read_header(path)
+    if metadata.get(ID_KEY) != identity or metadata.get(STAGE_KEY) != str(stage):
+        raise ModelError(
+            f"{path}: belongs to another model than {MANIFEST}, or to another stage",
+            "Were files of two sharded checkpoints mixed? Shard the model again.",
+        )
+    return arrays
+
+
+def _parts(path: Path, arrays: dict[str, StoredTensor], config: ModelConfig, layers: range):
+    """The tensors, by Hugging Face's names, that the arrays of a stage are stacked of."""
+    left = dict(arrays)
+    for layer, field in stage_fields(config, layers):
+        name = array_name(layer, field.name)
+        stored = left.pop(name, None)
+        if stored is None:
+            raise ModelError(f"{path}: has no array {name}", "Shard the model again.")
+        if stored.shape != field.shape:
+            raise ModelError(
+                f"{path}: {name} is {list(stored.shape)}, but config.json makes it "
+                f"{list(field.shape)}",
+                "Do config.json and the weights belong to the same model?",
+            )
+        offset, itemsize = stored.offset, stored.nbytes // prod(stored.shape)
+        for part, shape in zip(field.parts, field.shapes, strict=True):
+            nbytes = prod(shape) * itemsize
+            yield StoredTensor(part, path, stored.dtype, shape, offset, nbytes)
+            offset += nbytes
+    for name in left:
+        raise ModelError(f"{path}: {name} is not an array of this stage", "Shard the model again.")
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        version, stages = manifest["version"], manifest["stages"]
+        if version != VERSION:
+            raise ModelError(
+                f"{path}: is of version {version!r}; this cupyllama reads version {VERSION}",
+                "Shard the model again.",
+            )
+        layers = 0
+        for stage in stages:
+            first, last = stage["layers"]
+            plain = Path(stage["file"]).name == stage["file"] and type(stage["bytes"]) is int
+            if first != layers or type(last) is not int or last <= first or not plain:
+                raise ValueError(f"stage {stage!r:.100} cannot be")
+            layers = last
+        if not isinstance(manifest["id"], str):
+            raise ValueError("id is no text")
+        if layers != load_config(directory).num_hidden_layers:
+            raise ValueError(f"its stages have {layers} layers, and config.json says otherwise")
+        return manifest
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path}: not a manifest: {error!r}", INCOMPLETE) from error

@@ -1,0 +1,189 @@
+"""One stage file, streamed: read, convert, hash and write at once, in a few fixed buffers."""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from cupyllama.checkpoint.llama import Field
+from cupyllama.checkpoint.source import DTYPES, Checkpoint
+from cupyllama.errors import OutputError
+
+CHUNK_BYTES = 8 << 20
+_BUFFERS = 4
+_ALIGNMENT = 4096  # of the data section: a page, and what direct I/O asks for
+_FLUSH_BYTES = 64 << 20  # written between two requests to flush
+
+
+@dataclass(frozen=True)
+class PlannedArray:
+    """An array of a stage file, and the tensors to stack for it."""
+
+    name: str
+    field: Field
+    dtype: str  # as safetensors spells it
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.field.shape) * DTYPES[self.dtype].itemsize
+
+
+def header_bytes(arrays: Sequence[PlannedArray], metadata: dict[str, str]) -> bytes:
+    """The safetensors header, padded with spaces so that the data begins aligned."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for array in arrays:
+        begin, end = end, end + array.nbytes
+        header[array.name] = {
+            "dtype": array.dtype,
+            "shape": list(array.field.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_stage(
+    path: Path,
+    checkpoint: Checkpoint,
+    arrays: Sequence[PlannedArray],
+    metadata: dict[str, str],
+    on_bytes: Callable[[int], None],
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[int, str]:
+    """Write the file under another name, flush it to the disk and rename it.
+
+    Memory is that of a few chunks, whatever the size of the arrays: `chunk_bytes`, or one row if
+    that is larger.
+
+    Returns:
+        Its size and SHA-256.
+
+    Raises:
+        ModelError: a source tensor cannot be read.
+        OutputError: the disk is full, or refuses the file.
+    """
+    row_bytes = max(array.nbytes // array.field.shape[0] for array in arrays)
+    header = header_bytes(arrays, metadata)
+    unfinished = path.with_name(path.name + ".writing")
+    try:
+        with open(unfinished, "wb", buffering=0) as file:
+            with _Pump(file, max(chunk_bytes, row_bytes), path, on_bytes) as pump:
+                for begin in range(0, len(header), pump.size):
+                    piece = np.frombuffer(header[begin : begin + pump.size], np.uint8)
+                    pump.buffer(len(piece))[:] = piece
+                    pump.send(len(piece))
+                for array in arrays:
+                    _copy_array(checkpoint, array, pump)
+                nbytes, digest = pump.finish()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return nbytes, digest
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory survive a crash."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """What to say of a write that failed."""
+    return OutputError(
+        f"{path}: cannot be written: {error.strerror or error}",
+        "Mend that (is there space left on the disk?) and give the same command again: it goes on "
+        "behind the last file that was finished.",
+    )
+
+
+def _copy_array(checkpoint: Checkpoint, array: PlannedArray, pump: "_Pump") -> None:
+    """Send the rows of each part in turn, as many as a buffer holds."""
+    dtype = DTYPES[array.dtype]
+    for name, shape in zip(array.field.parts, array.field.shapes, strict=True):
+        row = prod(shape[1:]) * dtype.itemsize
+        step = pump.size // row
+        for first in range(0, shape[0], step):
+            rows = min(step, shape[0] - first)
+            out = pump.buffer(rows * row).view(dtype).reshape(rows, *shape[1:])
+            checkpoint.read_rows(name, first, out)
+            pump.send(rows * row)
+
+
+class _Pump:
+    """Hands buffers to be filled, and lets threads hash and write them meanwhile, in order.
+
+    A third thread asks the kernel to flush what is written, so that the disk is at work from the
+    beginning and little is left to wait for at the end.
+    """
+
+    def __init__(self, file, size: int, path: Path, on_bytes: Callable[[int], None]):
+        self.size = size
+        self._file, self._path, self._on_bytes = file, path, on_bytes
+        self._free = [np.empty(size, np.uint8) for _ in range(_BUFFERS)]
+        self._busy: deque[tuple[np.ndarray, int, list[Future]]] = deque()
+        self._sha = hashlib.sha256()
+        self._threads = [ThreadPoolExecutor(1) for _ in range(3)]
+        self._flushing: Future | None = None
+        self._unflushed = 0
+        self._sent = 0
+
+    def __enter__(self) -> "_Pump":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for thread in self._threads:
+            thread.shutdown(wait=True, cancel_futures=True)
+
+    def buffer(self, nbytes: int) -> np.ndarray:
+        """(nbytes,) uint8 to be filled, then sent."""
+        if not self._free:
+            self._reap()
+        return self._free[-1][:nbytes]
+
+    def send(self, nbytes: int) -> None:
+        """Hash and write the buffer that was handed out last."""
+        buffer = self._free.pop()
+        view = memoryview(buffer)[:nbytes]
+        hasher, writer, _ = self._threads
+        jobs = [writer.submit(self._write, view), hasher.submit(self._sha.update, view)]
+        self._busy.append((buffer, nbytes, jobs))
+
+    def finish(self) -> tuple[int, str]:
+        """Size and SHA-256 of all that was sent, once it is written."""
+        while self._busy:
+            self._reap()
+        if self._flushing is not None:
+            self._flushing.result()
+        return self._sent, self._sha.hexdigest()
+
+    def _reap(self) -> None:
+        buffer, nbytes, jobs = self._busy.popleft()
+        for job in jobs:
+            job.result()
+        self._free.append(buffer)
+        self._sent += nbytes
+        self._on_bytes(nbytes)
+        self._unflushed += nbytes
+        if self._unflushed >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            if self._flushing is not None:
+                self._flushing.result()
+            self._flushing = self._threads[2].submit(os.fdatasync, self._file.fileno())
+            self._unflushed = 0
+
+    def _write(self, view: memoryview) -> None:
+        while view:
+            view = view[self._file.write(view) :]

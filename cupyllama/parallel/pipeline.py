@@ -1,0 +1,181 @@
+"""Several ranks score together: replicas of a pipeline, each a line of stages.
+
+Rank r is stage `r % stages` of replica `r // stages`; micro-batch i goes through replica
+`i % replicas`. Every rank derives its work from the same files, so only hidden states and results
+cross the wire. Rank 0 collects the results.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupyllama.config import ModelConfig
+from cupyllama.errors import DeviceError, UsageError
+from cupyllama.evaluate import Line, forward_all
+from cupyllama.model.llama import Stage
+from cupyllama.packing import MicroBatch
+from cupyllama.parallel.channels import MPIInbox, MPIOutbox
+from cupyllama.parallel.devices import Device
+from cupyllama.parallel.world import World, wait
+
+_RESULT_TAG = 100
+# Rank 0 looks for results this often once its own stage has nothing left to do.
+_POLL = 1e-3
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Who does what."""
+
+    replicas: int
+    stages: int
+    rank: int
+
+    @property
+    def replica(self) -> int:
+        return self.rank // self.stages
+
+    @property
+    def stage(self) -> int:
+        return self.rank % self.stages
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    def share(self, batches: Sequence[MicroBatch]) -> list[tuple[int, MicroBatch]]:
+        """The numbered micro-batches of this rank's replica."""
+        return list(enumerate(batches))[self.replica :: self.replicas]
+
+
+def make_grid(world: World, replicas: int) -> Grid:
+    """Raises UsageError where the ranks cannot be divided evenly."""
+    if world.size % replicas:
+        raise UsageError(
+            f"{world.size} ranks cannot be {replicas} replicas of equal size",
+            "Start a multiple of --replicas ranks.",
+        )
+    return Grid(replicas, world.size // replicas, world.rank)
+
+
+def connect(
+    world: World,
+    grid: Grid,
+    stage: Stage,
+    device: Device,
+    batches: Sequence[MicroBatch],
+    config: ModelConfig,
+    dtype: np.dtype,
+) -> Line:
+    """The channels to this rank's neighbours. All ranks call it; each pair chooses its kind.
+
+    Different GPUs: NCCL, which refuses two ranks on one GPU. The same GPU: CUDA IPC. Else MPI.
+    """
+    places = world.allgather(device.place)
+    line = Line(stage)
+    tokens = [len(batch.token_ids) for _, batch in grid.share(batches)]
+    shape = (max(tokens, default=0), config.hidden_size, dtype)
+    # Left before right: a chain of pairs then connects from its first rank on, and cannot lock.
+    if not grid.is_first:
+        peer = world.rank - 1
+        line.inbox = _inbox(world.comm, peer, places[peer], device, tokens, shape)
+    if not grid.is_last:
+        peer = world.rank + 1
+        line.outbox = _outbox(world.comm, peer, places[peer], device, shape)
+    return line
+
+
+def _inbox(
+    comm: Any, peer: int, place: str, device: Device, tokens: list[int], shape: tuple
+) -> Any:
+    if device.kind == "cpu" or not tokens:
+        return MPIInbox(comm, peer, tokens, *shape[1:])
+    from cupyllama.parallel import cuda_channels
+
+    kind = cuda_channels.IPCInbox if place == device.place else cuda_channels.NCCLInbox
+    return kind(comm, peer, *shape)
+
+
+def _outbox(comm: Any, peer: int, place: str, device: Device, shape: tuple) -> Any:
+    if device.kind == "cpu" or not shape[0]:
+        return MPIOutbox(comm, peer)
+    from cupyllama.parallel import cuda_channels
+
+    if place == device.place:
+        return cuda_channels.IPCOutbox(comm, peer, *shape)
+    return cuda_channels.NCCLOutbox(comm, peer, *shape[1:])
+
+
+def run(
+    world: World,
+    grid: Grid,
+    line: Line,
+    batches: Sequence[MicroBatch],
+    on_result: Callable[[MicroBatch, np.ndarray], None],
+) -> None:
+    """Every micro-batch through its replica; rank 0 is given all results, as they come.
+
+    Raises:
+        DeviceError: out of memory; ranks cannot halve a micro-batch without one another.
+    """
+    collector = _Collector(world, batches, on_result)
+    mine = grid.share(batches)
+    try:
+        outs = forward_all(line, [batch for _, batch in mine])
+        for (number, _), out in zip(mine, outs, strict=True):
+            if out is not None:
+                collector.put(number, out)
+            collector.poll()
+    except MemoryError as error:
+        raise DeviceError(
+            f"out of memory with micro-batches of {len(mine[0][1].token_ids)} tokens",
+            "Give a smaller --micro-batch-tokens.",
+        ) from error
+    collector.finish()
+
+
+class _Collector:
+    """Carries results from the last stages to rank 0."""
+
+    def __init__(
+        self,
+        world: World,
+        batches: Sequence[MicroBatch],
+        on_result: Callable[[MicroBatch, np.ndarray], None],
+    ):
+        self._world, self._batches, self._on_result = world, batches, on_result
+        self._missing = len(batches)
+        self._sent: list[Any] = []
+
+    def put(self, number: int, out: np.ndarray) -> None:
+        """A result of this rank."""
+        if self._world.rank == 0:
+            self._take(number, out)
+        else:
+            self._sent.append(self._world.comm.isend((number, out), 0, _RESULT_TAG))
+
+    def poll(self) -> None:
+        """On rank 0: take over what has come by now."""
+        if self._world.rank != 0 or self._world.size == 1:
+            return
+        while (message := self._world.comm.improbe(tag=_RESULT_TAG)) is not None:
+            self._take(*message.recv())
+
+    def finish(self) -> None:
+        """Until rank 0 has everything, and everything of this rank has left."""
+        for request in self._sent:
+            wait(request)
+        while self._world.rank == 0 and self._missing:
+            self.poll()
+            time.sleep(_POLL)
+
+    def _take(self, number: int, out: np.ndarray) -> None:
+        self._missing -= 1
+        self._on_result(self._batches[number], out)

@@ -1,0 +1,90 @@
+"""Loading to the GPU: the very bits that the CPU gets, and a clean end however it ends."""
+
+import gc
+import os
+import threading
+
+import cupy
+import numpy as np
+import pytest
+from test_loading import DTYPES, Derived, assert_same, check_load, naive
+from tiny_models import write_tiny_model
+
+from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
+from cupyllama.config import load_config
+from cupyllama.errors import ModelError
+from cupyllama.loading import load_stage
+from cupyllama.ops import cuda
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left_behind():
+    threads = threading.active_count()
+    yield
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("kind", [SafetensorsCheckpoint, Derived])
+@pytest.mark.parametrize("saved", DTYPES)
+@pytest.mark.parametrize("wanted", DTYPES)
+def test_every_pair_of_dtypes(saved, wanted, kind, tmp_path):
+    directory = write_tiny_model("attention_bias", tmp_path, dtype=saved, shards=3)
+    check_load(directory, cuda, DTYPES[wanted], kind, threads=3, chunk_bytes=4099)
+
+
+@pytest.mark.parametrize("name", ["odd", "tied"])
+@pytest.mark.parametrize(("threads", "chunk_bytes"), [(1, 5001), (12, 1002), (4, 1 << 20)])
+def test_chunks_of_any_size(name, threads, chunk_bytes, tmp_path):
+    directory = write_tiny_model(name, tmp_path, dtype="float16")
+    check_load(directory, cuda, np.float16, threads=threads, chunk_bytes=chunk_bytes)
+
+
+def test_the_defaults(tmp_path):
+    check_load(write_tiny_model("llama_tokenizer", tmp_path, shards=2), cuda, np.float16)
+
+
+def test_memory_still_in_use_by_queued_kernels_is_not_written_to(tmp_path):
+    """CuPy's pool hands an array's memory out again before the kernels that use it have run."""
+    directory = write_tiny_model("gqa", tmp_path)
+    config, checkpoint = load_config(directory), SafetensorsCheckpoint(directory)
+    stage = (config, range(2), np.dtype(np.float32))
+    for array in [cupy.empty(1 << 27, np.float32), *_arrays(load_stage(checkpoint, *stage, cuda))]:
+        for _ in range(20):
+            array.fill(7)
+    del array
+    expected = naive(checkpoint, config, range(2), np.float32)
+    assert_same(load_stage(checkpoint, *stage, cuda), expected, range(2))
+
+
+def _arrays(weights):
+    return [
+        array for layer in weights.layers for array in vars(layer).values() if array is not None
+    ]
+
+
+def test_a_file_that_ends_early_is_named_and_memory_comes_back(tmp_path):
+    directory = write_tiny_model("gqa", tmp_path)
+    config, checkpoint = load_config(directory), SafetensorsCheckpoint(directory)
+    path = directory / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    pool = cupy.get_default_memory_pool()
+    before = pool.used_bytes()
+    with pytest.raises(ModelError, match="model.safetensors: ends inside"):
+        load_stage(checkpoint, config, range(2), np.dtype(np.float16), cuda, chunk_bytes=1000)
+    gc.collect()  # the error's traceback held the arrays
+    assert pool.used_bytes() == before
+
+
+def test_memory_that_ends_is_told(tmp_path):
+    directory = write_tiny_model("llama_tokenizer", tmp_path)
+    config, checkpoint = load_config(directory), SafetensorsCheckpoint(directory)
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    pool.set_limit(pool.total_bytes() + (1 << 20))
+    try:
+        with pytest.raises(MemoryError):
+            load_stage(checkpoint, config, range(2), np.dtype(np.float32), cuda)
+    finally:
+        pool.set_limit(0)
