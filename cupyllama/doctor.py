@@ -40,6 +40,7 @@ def examine() -> Iterator[Finding]:
     yield _part("GPU", _gpus, "Without one, scoring runs on the CPU.")
     yield _part("NVRTC", _nvrtc, INSTALL_CUDA)
     yield _part("cuBLAS", _cublas, INSTALL_CUDA)
+    yield _part("kernels", _kernels, f"{INSTALL_CUDA} A V100 needs [cuda12].")
     yield _part("NCCL", _nccl, "Needed for several GPUs: pip install nvidia-nccl-cu13 (or -cu12).")
     yield _mpi()
     yield _part("tokenizers", _tokenizers, "For tokenizer.json: pip install tokenizers")
@@ -102,6 +103,13 @@ def _cublas() -> str:
     from cupy_backends.cuda.libs import cublas
 
     return str(cublas.getVersion(cupy.cuda.device.get_cublas_handle()))
+
+
+def _kernels() -> str:
+    from cupyllama.ops import cuda
+
+    cuda.check_libraries()
+    return "compile and load"
 
 
 def _nccl() -> str:

@@ -144,7 +144,8 @@ def forward_all(line: Line, batches: Sequence[MicroBatch]) -> Iterator[np.ndarra
     out_of_memory = False
     for number, batch in enumerate(batches):
         try:
-            under_way.append(_forward(line, clock, number, batch))
+            with ops.memory_errors():
+                under_way.append(_forward(line, clock, number, batch))
         except MemoryError:  # not kept: its traceback would keep the arrays of the failed pass
             out_of_memory = True
             break

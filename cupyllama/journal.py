@@ -76,8 +76,13 @@ class Journal:
 
     def remove(self) -> None:
         """Nothing is left to resume."""
-        self._file.close()
+        self.close()
         self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leave it for a later run."""
+        if self._file is not None:
+            self._file.close()
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
         """Whole lines, and the bytes that they take."""

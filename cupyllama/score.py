@@ -93,7 +93,7 @@ def score(options: ScoreOptions) -> Report | None:
                 run.connect()
                 report = run.evaluate()
     finally:
-        run.stop_loading()
+        run.close()
     world.close()
     return report
 
@@ -355,10 +355,12 @@ class Run:
         if self.world.rank == 0:
             print(describe_plan(self.options, self.config, self.questions, self.split, self.grid))
 
-    def stop_loading(self) -> None:
-        """End the loading threads, if an error left them running."""
+    def close(self) -> None:
+        """End what an error may have left open."""
         if self.load is not None:
             self.load.cancel()
+        if self.journal is not None:
+            self.journal.close()
 
 
 def read_questions(options: ScoreOptions, config: ModelConfig) -> Questions:

@@ -8,7 +8,7 @@ import numpy as np
 
 from cupyllama.config import ModelConfig
 from cupyllama.model.rope import rope_tables
-from cupyllama.packing import MicroBatch
+from cupyllama.packing import PADDING_SEGMENT, MicroBatch
 
 Array = Any  # numpy.ndarray or cupy.ndarray: whatever `ops` works on
 
@@ -29,7 +29,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class StageWeights:
-    """The tensors of layers `first_layer` and on; a stage has the ends of the model it needs."""
+    """The tensors of some layers; a stage has the ends of the model that it needs."""
 
     layers: list[LayerWeights]
     embed_tokens: Array | None = None  # (vocab, hidden), on the first stage
@@ -45,7 +45,8 @@ class Stage:
         self.config = config
         self.weights = weights
         self.ops = ops
-        self.cos, self.sin = (ops.to_device(table) for table in rope_tables(config, positions))
+        tables = rope_tables(config, max(positions, PADDING_SEGMENT))  # padding has positions too
+        self.cos, self.sin = (ops.to_device(table) for table in tables)
 
     def forward(self, batch: MicroBatch, hidden: Array | None = None) -> Array:
         """One micro-batch through this stage.
@@ -90,4 +91,5 @@ class Stage:
             logits = ops.linear(normed, weights.lm_head, out_dtype=np.float32)
             target_start = batch.target_start[first : first + len(rows) + 1]
             ops.log_probs(logits, target_start, batch.target_token, out)
+            del logits  # hundreds of megabytes, which the next chunk can have
         return out

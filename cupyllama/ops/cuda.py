@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,6 +24,9 @@ LOGIT_CHUNK = 1024
 QUERY_TILE = 64
 
 Array = cupy.ndarray
+
+# Kinds of error and the status of each that says so; CuPy's own OutOfMemoryError is a MemoryError.
+_OUT_OF_MEMORY = {"CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3}
 
 _STORAGE = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 
@@ -81,9 +85,28 @@ def download(array: Array) -> Callable[[], np.ndarray]:
     return wait
 
 
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Makes a MemoryError of every way in which the device says that it has no memory left."""
+    try:
+        yield
+    except Exception as error:
+        if _OUT_OF_MEMORY.get(type(error).__name__) == getattr(error, "status", None) is not None:
+            raise MemoryError(str(error)) from None
+        raise
+
+
 def release_memory() -> None:
     """Give unused memory back after an operation ran out of it."""
     cupy.get_default_memory_pool().free_all_blocks()
+    cupy.get_default_pinned_memory_pool().free_all_blocks()
+
+
+def check_libraries() -> None:
+    """Raises whatever keeps cuBLAS from loading, or a kernel from being compiled and loaded."""
+    from cupy_backends.cuda.libs import cublas  # noqa: F401
+
+    kernel("swiglu.cu", "swiglu", STORAGE="FP16", INTERMEDIATE=64)
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> Array:

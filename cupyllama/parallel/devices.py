@@ -72,8 +72,11 @@ def why_no_cuda() -> str:
     try:
         if cupy.cuda.runtime.getDeviceCount() == 0:
             return "CUDA sees no GPU"
+        from cupyllama.ops import cuda
+
+        cuda.check_libraries()
     except Exception as error:  # a missing driver or library: CUDARuntimeError, ImportError, …
-        return str(error).split("\n")[0]
+        return str(error).strip().split("\n")[0] or type(error).__name__
     return ""
 
 

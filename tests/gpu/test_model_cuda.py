@@ -83,6 +83,15 @@ def test_scores_do_not_depend_on_company(tiny, micro_batch_tokens):
         assert alone.loglikelihoods[0] == everything[choice]
 
 
+def test_rows_shorter_than_the_padding(tmp_path):
+    """Padding has positions up to 63, whatever the longest row is."""
+    model = write_tiny_model("gqa", tmp_path)
+    rows = [TokenRow([1, 5, 9, 7 + i], 3, i) for i in range(5)]
+    short = score_rows(build_stage(model, cuda, np.float16, positions=3), rows, 256)
+    long = score_rows(build_stage(model, cuda, np.float16, positions=512), rows, 256)
+    np.testing.assert_array_equal(short.loglikelihoods, long.loglikelihoods)
+
+
 def test_a_second_run_gives_the_same_bits(tiny):
     rows = fresh_rows(40)
     first = score_rows(tiny, rows, 512)
