@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,11 +58,12 @@ class ChoiceScores:
 
 @dataclass
 class Line:
-    """One stage of a pipeline, and the neighbours it has."""
+    """One stage of a pipeline, the neighbours it has, and its turns on a device it shares."""
 
     stage: Stage
     inbox: Inbox | None = None
     outbox: Outbox | None = None
+    turn: AbstractContextManager = nullcontext()
     spans: list[Span] = field(default_factory=list)
 
 
@@ -163,10 +165,10 @@ def _forward(line: Line, clock: Any, number: int, batch: MicroBatch) -> tuple:
     marks = [clock.mark()]
     uploaded = ops.upload(batch)
     hidden = line.inbox.receive() if line.inbox else None
-    marks.append(clock.mark())
-    with np.errstate(over="ignore", invalid="ignore"):
+    with line.turn, np.errstate(over="ignore", invalid="ignore"):
+        marks.append(clock.mark())
         out = line.stage.forward(uploaded, hidden)
-    marks.append(clock.mark())
+        marks.append(clock.mark())
     departure = line.outbox.send(out) if line.outbox else None
     if line.inbox:
         line.inbox.release(departure)

@@ -17,6 +17,12 @@ import ml_dtypes
 import numpy as np
 from tiny_models import TINY_MODELS, tiny_tensors
 
+from cupyllama.checkpoint.source import open_checkpoint
+from cupyllama.config import load_config
+from cupyllama.loading import load_stage
+from cupyllama.model.llama import Stage
+from cupyllama.ops import reference
+
 STORAGES = {
     np.dtype(np.float32): "FloatStorage",
     np.dtype(np.float16): "HalfStorage",
@@ -224,3 +230,11 @@ def write_meta_model(
         piece = meta_tensors(tensors, head_dim, part, parts, embedding_axis)
         write_torch(directory / f"consolidated.{part:02d}.pth", piece)
     return directory
+
+
+def open_stage(directory: Path, dtype=np.float32) -> Stage:
+    """All layers of a checkpoint in whatever form, on the reference operations."""
+    config, checkpoint = load_config(directory), open_checkpoint(directory)
+    layers = range(config.num_hidden_layers)
+    weights = load_stage(checkpoint, config, layers, np.dtype(dtype), reference)
+    return Stage(config, weights, reference, 512)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
+from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.config import load_config
 from cupyllama.evaluate import ChoiceScores, Line, evaluate, plan
 from cupyllama.loading import load_stage
@@ -18,7 +18,7 @@ def build_stage(model: Path, ops=reference, dtype=np.float32, positions: int = 5
     """All layers of a checkpoint directory."""
     config = load_config(model)
     layers = range(config.num_hidden_layers)
-    weights = load_stage(SafetensorsCheckpoint(model), config, layers, np.dtype(dtype), ops)
+    weights = load_stage(open_checkpoint(model), config, layers, np.dtype(dtype), ops)
     return Stage(config, weights, ops, positions)
 
 

@@ -16,10 +16,10 @@ from cupyllama.checkpoint.llama import Field
 from cupyllama.checkpoint.source import DTYPES, Checkpoint
 from cupyllama.errors import OutputError
 
-CHUNK_BYTES = 8 << 20
-_BUFFERS = 4
+CHUNK_BYTES = 1 << 20  # small enough to be hashed and written out of a cache
+_BUFFERS = 16
 _ALIGNMENT = 4096  # of the data section: a page, and what direct I/O asks for
-_FLUSH_BYTES = 64 << 20  # written between two requests to flush
+_FLUSH_BYTES = 256 << 20  # written between two requests to flush
 
 
 @dataclass(frozen=True)

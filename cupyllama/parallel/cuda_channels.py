@@ -5,6 +5,7 @@ of them, in place, the next micro-batch arrives in the other. A buffer is writte
 what was computed in it has been sent on.
 """
 
+import fcntl
 from typing import Any
 
 import cupy
@@ -14,8 +15,29 @@ from cupy.cuda import runtime
 from cupyllama.parallel.channels import HIDDEN_TAG, SLOTS, Departure
 from cupyllama.parallel.world import wait
 
+# The device is idle while a message is waited for: look more often than for work on a CPU.
+_SLEEP = 100e-6
+
 _FREED_TAG = HIDDEN_TAG + 1
 _SETUP_TAG = HIDDEN_TAG + 2
+
+
+class DeviceTurn:
+    """One rank at a time computes on a GPU that several share.
+
+    The GPU would serve them in slices of milliseconds and lose a tenth of its time between them.
+    A process that dies leaves the lock to the next.
+    """
+
+    def __init__(self, path: str):
+        self._file = open(path, "rb")
+
+    def __enter__(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *error: object) -> None:
+        cupy.cuda.get_current_stream().synchronize()
+        fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
 class _Inbox:
@@ -181,4 +203,4 @@ def _token() -> np.ndarray:
 
 
 def _receive_token(comm: Any, source: int, tag: int) -> None:
-    wait(comm.Irecv(_token(), source, tag))
+    wait(comm.Irecv(_token(), source, tag), _SLEEP)

@@ -5,6 +5,8 @@ Rank r is stage `r % stages` of replica `r // stages`; micro-batch i goes throug
 cross the wire. Rank 0 collects the results.
 """
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,6 +82,8 @@ def connect(
     """
     places = world.allgather(device.place)
     line = Line(stage)
+    if device.kind == "cuda" and places.count(device.place) > 1:
+        line.turn = _shared_turn(world, places.index(device.place))
     tokens = [len(batch.token_ids) for _, batch in grid.share(batches)]
     shape = (max(tokens, default=0), config.hidden_size, dtype)
     # Left before right: a chain of pairs then connects from its first rank on, and cannot lock.
@@ -90,6 +94,21 @@ def connect(
         peer = world.rank + 1
         line.outbox = _outbox(world.comm, peer, places[peer], device, shape)
     return line
+
+
+def _shared_turn(world: World, owner: int) -> Any:
+    """The lock of the ranks on this GPU; the first of them, `owner`, makes its file."""
+    from cupyllama.parallel.cuda_channels import DeviceTurn
+
+    path = None
+    if world.rank == owner:
+        file, path = tempfile.mkstemp(prefix="cupyllama-")
+        os.close(file)
+    turn = DeviceTurn(world.allgather(path)[owner])
+    world.allgather(None)  # all have opened it
+    if path is not None:
+        os.unlink(path)
+    return turn
 
 
 def _inbox(

@@ -222,12 +222,12 @@ class _Watch:
         os.write(self._waker, b"x")
 
 
-def wait(request: Any) -> None:
+def wait(request: Any, longest_sleep: float = _LONGEST_SLEEP) -> None:
     """Wait for an MPI request, asleep most of the time."""
     sleep = _SLEEP
     while not request.Test():
         time.sleep(sleep)
-        sleep = min(2 * sleep, _LONGEST_SLEEP)
+        sleep = min(2 * sleep, longest_sleep)
 
 
 def _say(message: str, hint: str) -> None:
