@@ -64,6 +64,7 @@ class Line:
     inbox: Inbox | None = None
     outbox: Outbox | None = None
     turn: AbstractContextManager = nullcontext()
+    link_seconds: float | None = None  # of a micro-batch from the stage before
     spans: list[Span] = field(default_factory=list)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyllama.parallel.simulate import Simulation, simulate
 from cupyllama.tasks.question import Question
 from cupyllama.trace import Span
 
@@ -90,14 +91,21 @@ class RankReport:
     bytes_read: int  # of the checkpoint
     micro_batches: int
     busy: float  # share of the evaluation in computation
+    place: str  # host and GPU
+    link_seconds: float | None  # of a micro-batch from the rank before, measured alone
     spans: list[Span]
+
+    @property
+    def stage_seconds(self) -> float:
+        """Of one micro-batch, on average."""
+        computing = [span.end - span.begin for span in self.spans if span.name == "compute"]
+        return sum(computing) / max(len(computing), 1)
 
     @property
     def title(self) -> str:
         return f"rank {self.rank}: layers {self.layers[0]} to {self.layers[1] - 1}"
 
     def as_json(self) -> dict[str, Any]:
-        computing = [span.end - span.begin for span in self.spans if span.name == "compute"]
         return {
             "rank": self.rank,
             "replica": self.replica,
@@ -106,7 +114,8 @@ class RankReport:
             "bytes_read": self.bytes_read,
             "micro_batches": self.micro_batches,
             "busy": self.busy,
-            "seconds_a_micro_batch": sum(computing) / max(len(computing), 1),
+            "stage_seconds": self.stage_seconds,
+            "link_seconds": self.link_seconds,
         }
 
 
@@ -136,6 +145,17 @@ class Report:
         return 1 - sum(rank.busy for rank in self.ranks) / len(self.ranks)
 
     @property
+    def simulated(self) -> Simulation | None:
+        """The schedule on paper, from the stages' and links' times; not where GPUs are shared."""
+        places = [rank.place for rank in self.ranks if "/cpu" not in rank.place]
+        if len(self.ranks) == 1 or len(set(places)) < len(places):
+            return None
+        first = [rank for rank in self.ranks if rank.replica == 0]
+        links = [rank.link_seconds or 0.0 for rank in first[1:]]
+        stages = [rank.stage_seconds for rank in first]
+        return simulate(stages, links, first[0].micro_batches)
+
+    @property
     def questions_per_second(self) -> float:
         return self.questions / max(self.seconds["evaluating"], 1e-9)
 
@@ -162,6 +182,7 @@ class Report:
                 "tokens_computed": self.tokens_computed,
                 "truncated_rows": self.truncated_rows,
                 "bubble": self.bubble,
+                "simulated_seconds": self.simulated.seconds if self.simulated else None,
                 "ranks": [rank.as_json() for rank in self.ranks],
                 "digests": self.digests,
                 "versions": self.versions,
@@ -201,6 +222,11 @@ class Report:
                     f"{100 * rank.busy:>7.1f}%"
                 )
             lines.append(f"  bubble {100 * self.bubble:.1f}%")
+            if self.simulated is not None:
+                lines[-1] += (
+                    f"; simulated {100 * self.simulated.bubble:.1f}%, "
+                    f"{self.simulated.seconds:.1f} s"
+                )
         if self.truncated_rows:
             lines.append(
                 f"  {self.truncated_rows:,} rows were longer than the model allows and kept their "

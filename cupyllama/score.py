@@ -265,6 +265,8 @@ class Run:
             bytes_read=self.checkpoint.bytes_read,
             micro_batches=len(self.grid.share(self.batches)),
             busy=busy_seconds(spans) / max(seconds, 1e-9),
+            place=self.device.place,
+            link_seconds=self.line.link_seconds,
             spans=spans,
         )
 

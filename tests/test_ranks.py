@@ -84,6 +84,52 @@ def test_worlds_give_the_same_bits(ranks, replicas, alone, tmp_path):
     assert not samples.with_name("samples.jsonl.partial").exists()
 
 
+def test_sharded_checkpoints_give_the_same_bits(alone, tmp_path):
+    """Made for three stages, scored on two and on four."""
+    from click.testing import CliRunner
+
+    from cupyllama.cli import cli
+    from cupyllama.tasks.files import demo_directory
+
+    sharded = tmp_path / "sharded"
+    arguments = ["--model", demo_directory(), "--stages", 3, "--output", sharded, "--quiet"]
+    made = CliRunner().invoke(cli, ["shard", *map(str, arguments)])
+    assert made.exit_code == 0, made.output
+    data = ["--data", demo_directory() / "questions.jsonl", "--model", sharded]
+    for ranks in (2, 4):
+        samples = tmp_path / f"{ranks}.jsonl"
+        arguments = [argument for argument in demo("--samples", samples) if argument != "--demo"]
+        result = mpirun(ranks, *arguments, *data)
+        assert result.returncode == 0, result.stderr
+        assert samples.read_text() == alone
+    (sharded / "stage-01-of-03.safetensors").unlink()
+    ends(mpirun(2, *arguments, *data), 3, "stage-01-of-03.safetensors")
+
+
+def test_predictions_for_more_ranks(tmp_path):
+    from click.testing import CliRunner
+
+    from cupyllama.cli import cli
+
+    output = tmp_path / "results.json"
+    result = mpirun(2, *demo("--output", output))
+    assert "; simulated " in result.stdout
+    extra = json.loads(output.read_text())["cupyllama"]
+    first, second = extra["ranks"]
+    assert first["link_seconds"] is None and 0 < second["link_seconds"] < 1
+    # two ranks on two cores: the schedule explains most of the time
+    assert 0.4 * extra["seconds"]["evaluating"] < extra["simulated_seconds"]
+    assert extra["simulated_seconds"] < 1.2 * extra["seconds"]["evaluating"]
+    shown = CliRunner().invoke(cli, ["bench", "pipeline", str(output), "--ranks-per-host", "2"])
+    assert shown.exit_code == 0, shown.output
+    rows = [line.split() for line in shown.output.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["1", "2", "4"]  # the demo has six layers
+    assert [row[1] for row in rows] == ["1", "1", "2"]
+    assert float(rows[1][3]) > 1.5 * float(rows[0][3])
+    wrong = CliRunner().invoke(cli, ["bench", "pipeline", str(output.with_name("no.json"))])
+    assert wrong.exit_code == 4 and "No such file" in wrong.stderr
+
+
 def test_each_rank_reads_its_own_layers(tmp_path):
     output = tmp_path / "results.json"
     mpirun(3, *demo("--output", output))

@@ -85,6 +85,7 @@ def connect(
     if device.kind == "cuda" and places.count(device.place) > 1:
         line.turn = _shared_turn(world, places.index(device.place))
     tokens = [len(batch.token_ids) for _, batch in grid.share(batches)]
+    tokens = 2 * tokens[:1] + tokens  # two more at first, to measure the link
     shape = (max(tokens, default=0), config.hidden_size, dtype)
     # Left before right: a chain of pairs then connects from its first rank on, and cannot lock.
     if not grid.is_first:
@@ -93,7 +94,33 @@ def connect(
     if not grid.is_last:
         peer = world.rank + 1
         line.outbox = _outbox(world.comm, peer, places[peer], device, shape)
+    line.link_seconds = _measure_link(world, line, tokens[:1], config.hidden_size, dtype)
     return line
+
+
+def _measure_link(
+    world: World, line: Line, tokens: list[int], hidden_size: int, dtype: np.dtype
+) -> float | None:
+    """Seconds that a micro-batch takes from the stage before; none on a first stage.
+
+    This is also the message at which NCCL connects, so it is sent twice, and the second counts.
+    """
+    ops, seconds = line.stage.ops, None
+    for _ in range(2 if tokens else 0):
+        hidden = ops.empty((tokens[0], hidden_size), dtype)
+        world.allgather(None)
+        clock = ops.Clock()
+        begin = clock.now()
+        departure = line.outbox.send(hidden) if line.outbox else None
+        if line.inbox:
+            line.inbox.receive()
+            line.inbox.release(None)
+            mark = clock.mark()
+            ops.synchronize()
+            seconds = clock.seconds(mark) - begin
+        if departure:
+            departure.wait()
+    return seconds
 
 
 def _shared_turn(world: World, owner: int) -> Any:

@@ -1,0 +1,1 @@
+"""What `cupyllama bench` measures and predicts."""
