@@ -125,14 +125,14 @@ def attention_constants(
 def attention_mma_constants(
     storage: str, head_dim: int, num_heads: int, num_key_value_heads: int
 ) -> Constants:
-    """Of attention_mma.cu.  KEYS: a tile of them; the scores of a larger one would not fit the
-    registers beside 256 columns of output."""
+    """Of attention_mma.cu.  KEYS: a tile of them, by the head size alone because bits depend on it;
+    the scores of a larger one would not fit the registers beside the queries and the output."""
     return {
         "STORAGE": storage,
         "HEAD_DIM": head_dim,
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_key_value_heads,
-        "KEYS": 64 if head_dim <= 128 else 32,
+        "KEYS": 64 if head_dim <= 128 else 32 if head_dim <= 192 else 16,
     }
 
 

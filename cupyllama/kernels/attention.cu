@@ -1,9 +1,10 @@
 // attention on any GPU and storage: out = softmax(q k^T / sqrt(HEAD_DIM)) v, causal, packed segments
 //
 // Scores are never written to global memory; softmax is online.  A tile of 64 queries of one segment
-// is spread over gridDim.z blocks of four warps; a warp has WARP_QUERIES queries.  Keys come in tiles
-// of 32 through shared memory, as float, then their values in the same place: a lane has one key
-// of the tile while scores are made, and every 32nd column of the head while values are mixed.
+// is spread over gridDim.y blocks of four warps; a warp has WARP_QUERIES queries.  The grid is
+// (tiles * NUM_HEADS, parts of a tile), heads fastest.  Keys come in tiles of 32 through shared
+// memory, as float, then their values in the same place: a lane has one key of the tile while scores
+// are made, and every 32nd column of the head while values are mixed.
 //
 // A query's bits depend on nothing but its row: tiles start at the row's key 0 and step by 32
 // wherever the segment starts, and a key it must not see adds exp2(-infinity) = 0 and moves no peak.
@@ -49,11 +50,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
     alignas(16) __shared__ float p[QUERIES][KEYS];
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int head = blockIdx.x;
-    const int2 tile = tiles[blockIdx.y];
+    const int head = blockIdx.x % NUM_HEADS;
+    const int2 tile = tiles[blockIdx.x / NUM_HEADS];
     const int first_token = segment_start[tile.x];
     const int queries = segment_start[tile.x + 1] - first_token;
-    const int first_query = tile.y + blockIdx.z * QUERIES;
+    const int first_query = tile.y + blockIdx.y * QUERIES;
     if (first_query >= queries) return;
     const int own_keys = key_start[tile.x];
     const int past = key_start[tile.x + 1] - own_keys - queries;  // keys before the segment

@@ -1,7 +1,8 @@
 // attention on matrix units: out = softmax(q k^T / sqrt(HEAD_DIM)) v, causal, over packed segments
 //
 // Scores and probabilities live in registers and are never written; softmax is online, in float.
-// One block of four warps has 64 queries of one segment and one head; a warp has 16 of them.  Keys
+// One block of four warps has 64 queries of one segment and one head; a warp has 16 of them.  The
+// grid is (tiles * NUM_HEADS): all heads of the first tile, which sees most keys, go first.  Keys
 // come in tiles of KEYS rows, gathered through key_index by cp.async into two stages of shared
 // memory, so that the next tile is on its way while this one is used.
 //
@@ -24,6 +25,9 @@ constexpr int STAGE = 2 * PART;
 constexpr int UNIT = 2 * pack_width(HEAD_DIM);  // bytes a cp.async: 16, 8 or 4
 constexpr int UNITS = 2 * HEAD_DIM / UNIT;      // a key
 constexpr int WARP_KEYS = KEYS / WARPS;         // keys of a tile that each warp fetches
+// Turns of fetch() unrolled.  All of them hold more addresses than there are registers left, where
+// the head is large or its units are small and many.
+constexpr int UNROLL = UNIT == 16 && HEAD_DIM <= 128 ? WARP_KEYS * UNITS / 32 + 1 : 2;
 static_assert(HEAD_DIM % 2 == 0 && KEYS % 16 == 0 && WARP_KEYS <= 32 && 32 % WARP_KEYS == 0, "");
 
 __device__ inline unsigned bits(float a, float b)  // two numbers as mma takes them
@@ -90,7 +94,7 @@ __device__ inline float exp2_fast(float x)
 __device__ inline void fetch(unsigned stage, const storage_t *k, int place, int keys_left)
 {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
+#pragma unroll UNROLL
     for (int first = 0; first < WARP_KEYS * UNITS; first += 32) {
         const int key = (first + lane) / UNITS, unit = (first + lane) % UNITS;
         const int at = __shfl_sync(ALL_LANES, place, key);
@@ -228,8 +232,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 64 ? 3 : 2) atten
     extern __shared__ uint4 memory[];
     const unsigned shared = __cvta_generic_to_shared(memory);
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int head = blockIdx.x;
-    const int2 tile = tiles[blockIdx.y];
+    const int head = blockIdx.x % NUM_HEADS;
+    const int2 tile = tiles[blockIdx.x / NUM_HEADS];
     const int first_token = segment_start[tile.x];
     const int queries = segment_start[tile.x + 1] - first_token;
     const int own_keys = key_start[tile.x];

@@ -85,6 +85,11 @@ def download(array: Array) -> Callable[[], np.ndarray]:
     return wait
 
 
+def synchronize() -> None:
+    """Wait for all that was queued."""
+    cupy.cuda.get_current_stream().synchronize()
+
+
 @contextmanager
 def memory_errors() -> Iterator[None]:
     """Makes a MemoryError of every way in which the device says that it has no memory left."""
@@ -181,7 +186,8 @@ def linear(
 ) -> Array:
     """x · weightᵀ + bias + residual: (tokens, in), (out, in), (out,), (tokens, out) -> the last.
 
-    The result takes the memory of `residual`, where there is one.
+    The result takes the memory of `residual`, where there is one.  With `bias` too their sum is
+    rounded to the stored type before the product is added: one rounding more than `reference`.
     """
     shape, dtype = (len(x), len(weight)), np.dtype(out_dtype or x.dtype)
     if residual is not None:
@@ -259,7 +265,7 @@ def attention_mma(
         shared = kernels.attention_mma_shared_bytes(constants)
         launch = kernel("attention_mma.cu", "attention_mma", shared, **constants)
         arguments = _attention_arguments(out, qkv, batch, constants["HEAD_DIM"])
-        launch((num_heads, len(batch.tiles)), (128,), arguments, shared_mem=shared)
+        launch((num_heads * len(batch.tiles),), (128,), arguments, shared_mem=shared)
     return out
 
 
@@ -272,7 +278,7 @@ def attention_portable(
         constants = kernels.attention_constants(*heads)
         launch = kernel("attention.cu", "attention", **constants)
         block_queries = 4 * constants["WARP_QUERIES"]
-        grid = (num_heads, len(batch.tiles), QUERY_TILE // block_queries)
+        grid = (num_heads * len(batch.tiles), QUERY_TILE // block_queries)
         launch(grid, (128,), _attention_arguments(out, qkv, batch, constants["HEAD_DIM"]))
     return out
 
@@ -293,7 +299,6 @@ def _attention_arguments(
     out: Array, qkv: Array, batch: DeviceBatch, head_dim: int
 ) -> tuple[Any, ...]:
     assert len(batch.token_ids) == len(qkv), f"{len(batch.token_ids)} {len(qkv)}"
-    assert len(batch.tiles) < 1 << 16, f"{len(batch.tiles)} tiles"
     scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
     segments = (batch.tiles, batch.segment_start, batch.key_start, batch.key_index)
     return (out, qkv, *segments, scale)

@@ -1,6 +1,5 @@
 """Matrix products through cuBLAS, in the one form that a decoder needs."""
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -33,10 +32,13 @@ def gemm(y: Any, x: Any, weight: Any, accumulate: bool = False) -> None:
     assert y.dtype in (x.dtype, np.float32), f"{x.dtype} {y.dtype}"
     for array in (y, x, weight):
         assert array.flags.c_contiguous, f"{array.shape} {array.strides}"
+    # Set at each product: CuPy has a handle for each thread and device and may make them anew.
+    handle = cupy.cuda.device.get_cublas_handle()
+    cublas.setMathMode(handle, _DISALLOW_REDUCED_PRECISION_REDUCTION)
     operand, result = _DATA_TYPE[x.dtype.name], _DATA_TYPE[y.dtype.name]
     # cuBLAS is column-major and sees transposes: yᵀ (n, m) = weight (n, k) · xᵀ (k, m).
     cublas.gemmEx(
-        _prepared(cupy.cuda.device.get_cublas_handle()),
+        handle,
         cublas.CUBLAS_OP_T,
         cublas.CUBLAS_OP_N,
         *(n, m, k),
@@ -48,12 +50,3 @@ def gemm(y: Any, x: Any, weight: Any, accumulate: bool = False) -> None:
         cublas.CUBLAS_COMPUTE_32F,
         cublas.CUBLAS_GEMM_DEFAULT,
     )
-
-
-@functools.cache
-def _prepared(handle: int) -> int:
-    """The handle, with its math mode set once."""
-    from cupy_backends.cuda.libs import cublas
-
-    cublas.setMathMode(handle, _DISALLOW_REDUCED_PRECISION_REDUCTION)
-    return handle

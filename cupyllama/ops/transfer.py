@@ -1,6 +1,6 @@
-"""The way of weights to a GPU: pinned buffers, each copied on while the other is filled."""
+"""The way of weights to a GPU: pinned buffers, each copied on while another is filled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
 
@@ -9,68 +9,102 @@ import numpy as np
 from cupy.cuda import runtime
 
 Array = cupy.ndarray
+_PAGE = 4096
 
 
 class PinnedBuffer:
-    """Host memory that the device copies from by itself, and an event to tell when it has."""
+    """Host memory that the device copies from by itself, and the stream on which it does.
 
-    def __init__(self, nbytes: int):
-        # Not from CuPy's pool, which would keep it for good.
-        memory = cupy.cuda.PinnedMemory(nbytes, runtime.hostAllocPortable)
-        pointer = cupy.cuda.PinnedMemoryPointer(memory, 0)
-        self.bytes = np.frombuffer(pointer, np.uint8, nbytes)
-        self.address = pointer.ptr
-        # A thread that spins while it waits would take a core from one that reads.
-        self.copied = cupy.cuda.Event(block=True, disable_timing=True)
+    As long as waiting is for the stream, all that a copy needs lets other threads run Python while
+    it is in the driver. CuPy's Event.record does not, and may wait there for a lock.
+    """
+
+    def __init__(self, memory: np.ndarray, blocking: bool):
+        self.bytes = memory
+        self.address = memory.ctypes.data
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.copied = cupy.cuda.Event(block=True, disable_timing=True) if blocking else None
+        # Until all that was copied is there: at once where nothing was.
+        self.wait = (self.copied or self.stream).synchronize
+
+    def copy_to(self, address: int, nbytes: int) -> None:
+        """Begin to copy the first `nbytes` of the buffer to device memory."""
+        kind = runtime.memcpyHostToDevice
+        runtime.memcpyAsync(address, self.address, nbytes, kind, self.stream.ptr)
+        if self.copied is not None:
+            self.copied.record(self.stream)
 
 
 class DeviceWriter:
-    """Fills arrays in device memory from one thread, through two pinned buffers on a stream.
+    """Fills arrays in device memory from one thread, through pinned buffers used in turn.
 
     What was written is there after the `with` block; before its end, no array may be freed.
     """
 
-    def __init__(self, device: int, nbytes: int):
-        """`nbytes`: the size of a buffer, not less than that of an element."""
+    def __init__(self, device: int, nbytes: int, buffers: int, blocking: bool):
+        """
+        Args:
+            nbytes: the size of a buffer, not less than that of an element.
+            blocking: sleep while waiting for a copy, rather than spin, which wakes up sooner.
+        """
         cupy.cuda.Device(device).use()  # of this thread
         self.nbytes = nbytes
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        self.buffers = cycle([PinnedBuffer(nbytes), PinnedBuffer(nbytes)])
+        room = -(-nbytes // _PAGE) * _PAGE
+        memory = _pinned(buffers * room).reshape(buffers, room)
+        self.buffers = [PinnedBuffer(row, blocking) for row in memory]
+        self.turns = cycle(self.buffers)
 
     def __enter__(self) -> Callable:
         return self.write
 
     def __exit__(self, *error: object) -> None:
-        self.stream.synchronize()
+        for buffer in self.buffers:
+            buffer.stream.synchronize()
 
     def write(
-        self, target: Array, first: int, count: int, fill: Callable[[np.ndarray], None]
-    ) -> None:
-        """Elements first:first + count of `target`, as `fill` writes them to a host array."""
-        nbytes = count * target.itemsize
-        if nbytes > self.nbytes:
-            return self._write_in_parts(target, first, count, fill)
-        buffer = next(self.buffers)
-        buffer.copied.synchronize()  # done at once where nothing was ever copied
-        fill(buffer.bytes[:nbytes].view(target.dtype))
-        to, kind = target.data.ptr + first * target.itemsize, runtime.memcpyHostToDevice
-        runtime.memcpyAsync(to, buffer.address, nbytes, kind, self.stream.ptr)
-        buffer.copied.record(self.stream)
+        self,
+        target: Array,
+        first: int,
+        count: int,
+        step: int,
+        fill: Callable[[np.ndarray, int], None],
+    ) -> Iterator[None]:
+        """Elements first:first + count of `target`, yielding after every `step` of them.
 
-    def _write_in_parts(
-        self, target: Array, first: int, count: int, fill: Callable[[np.ndarray], None]
-    ) -> None:
-        """What cannot be filled in parts is filled in pageable memory, then copied in parts."""
-        whole, step = np.empty(count, target.dtype), self.nbytes // target.itemsize
-        fill(whole)
+        Args:
+            fill: writes as many of them as a flat host array takes, from an index on.
+        """
+        dtype, size = target.dtype, target.itemsize
+        to = target.data.ptr + first * size
+        if step * size > self.nbytes:
+            # What cannot be filled in parts is filled in pageable memory, then copied in parts.
+            step, fill = self.nbytes // size, _filled(np.empty(count, dtype), fill)
         for begin in range(0, count, step):
-            part = whole[begin : begin + step]
-            self.write(target, first + begin, len(part), partial(np.copyto, src=part))
+            nbytes = min(step, count - begin) * size
+            buffer = next(self.turns)
+            buffer.wait()
+            fill(buffer.bytes[:nbytes].view(dtype), begin)
+            buffer.copy_to(to + begin * size, nbytes)
+            yield
 
 
-def device_writers(nbytes: int) -> Callable[[], DeviceWriter]:
+def device_writers(nbytes: int, buffers: int, blocking: bool) -> Callable[[], DeviceWriter]:
     """What makes the writer of each thread, all for the device that is current here."""
     # CuPy's pool hands memory out again while kernels of the current stream still use it, and the
     # writers' streams wait for nobody.
     cupy.cuda.get_current_stream().synchronize()
-    return partial(DeviceWriter, cupy.cuda.Device().id, nbytes)
+    return partial(DeviceWriter, cupy.cuda.Device().id, nbytes, buffers, blocking)
+
+
+def _pinned(nbytes: int) -> np.ndarray:
+    """Pinned memory as bytes; not from CuPy's pool, which would keep it for good."""
+    memory = cupy.cuda.PinnedMemory(nbytes, runtime.hostAllocPortable)
+    return np.frombuffer(cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, nbytes)
+
+
+def _filled(
+    whole: np.ndarray, fill: Callable[[np.ndarray, int], None]
+) -> Callable[[np.ndarray, int], None]:
+    """`whole`, filled now, as what fills parts of it."""
+    fill(whole, 0)
+    return lambda out, begin: np.copyto(out, whole[begin : begin + len(out)])

@@ -267,8 +267,8 @@ def attentions(dtype):
 
 # Query and key heads for each head size.
 HEADS = {
-    **{32: (4, 4), 64: (8, 2), 80: (3, 1), 96: (2, 2)},
-    **{100: (4, 4), 128: (8, 2), 192: (2, 1), 256: (3, 3)},
+    **{32: (4, 4), 62: (2, 1), 64: (8, 2), 80: (3, 1), 96: (2, 2), 100: (4, 4)},
+    **{128: (8, 2), 130: (2, 2), 192: (2, 1), 196: (4, 2), 254: (3, 1), 256: (3, 3)},
 }
 FORESTS = [(1, 1, 16), (3, 5, 64), (40, 170, 2048), (9, 700, 2048)]
 
@@ -300,7 +300,7 @@ def test_attention_over_long_rows(rng, dtype, head_dim):
 
 
 @every_dtype
-@pytest.mark.parametrize("head_dim", [64, 100, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 100, 128, 190, 196, 254, 256])
 def test_attention_row_bits_do_not_depend_on_company(rng, dtype, head_dim):
     heads, kv_heads = 4, 2
     batch = forest(rng, 30, 200, 2048)[0]
@@ -316,6 +316,16 @@ def test_attention_row_bits_do_not_depend_on_company(rng, dtype, head_dim):
             own = cuda.to_device(qkv[places])
             alone = host(attention(own, cuda.upload(lonely), heads, kv_heads))
             assert_same_bits(alone[len(places) - (last - first) :], together[first:last])
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_attention_over_many_tiles(rng, heads):
+    """More segments than a grid has rows; each is one token, which sees its own value alone."""
+    (batch,) = pack([TokenRow([i, 0], 1, i) for i in range(70_000)], 70_000, 1)
+    qkv = normal(rng, (70_000, 3 * heads * 32), np.float16)
+    for attention in attentions(qkv.dtype):
+        out = attention(cuda.to_device(qkv), cuda.upload(batch), heads, heads)
+        assert_same_bits(out, np.ascontiguousarray(qkv[:, 2 * heads * 32 :]))
 
 
 def test_attention_ignores_other_segments(rng):
