@@ -3,20 +3,22 @@
     python bench/load_gpu.py --folder /tmp --layers 18 --json out.json
 
 A synthetic checkpoint of a published shape (18 layers of LLaMA-7B in float16: 7.8 GB) is written,
-read once to warm the page cache, and loaded with several numbers of threads and sizes of chunks, in
-turn with copies of as many bytes from one pinned buffer. A load begins with an empty memory pool,
-so it pays for the allocation of what it fills, as in a run of the engine; the copy does not.
+read once to warm the page cache, and loaded with several numbers of threads, sizes of pieces,
+buffers a thread and both ways to wait for a copy, in turn with copies of as many bytes from one
+pinned buffer. A load begins with an empty memory pool, so it pays for the allocation of what it
+fills and of its pinned buffers, as in a run of the engine; the copy does not.
 """
 
 import gc
 import json
+import mmap
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from itertools import product
 from math import prod
@@ -33,13 +35,31 @@ from cupyllama.checkpoint.llama import stage_bytes, stage_fields
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.checkpoint.source import DTYPES
 from cupyllama.config import ModelConfig
-from cupyllama.loading import CHUNK_BYTES, THREADS, for_each, load_stage
+from cupyllama.loading import BUFFERS, PIECE_BYTES, THREADS, Worker, for_each, load_stage
 from cupyllama.model.llama import StageWeights
 from cupyllama.ops import cuda
+from cupyllama.ops.transfer import device_writers
 from cupyllama.parallel.devices import choose_device, storage_dtype
 from cupyllama.provenance import versions
 
 PINNED_BYTES = 256 << 20
+WAITING = ("spinning", "blocking")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is asked of load_stage."""
+
+    threads: int
+    piece_bytes: int
+    buffers: int
+    blocking: bool
+
+    def __str__(self) -> str:
+        return (
+            f"threads={self.threads:2}, piece={self.piece_bytes >> 10:5} KiB, "
+            f"buffers={self.buffers}, {'blocking' if self.blocking else 'spinning'}"
+        )
 
 
 def write_checkpoint(directory: Path, config: ModelConfig, dtype: np.dtype, files: int) -> None:
@@ -73,18 +93,18 @@ def write_file(path: Path, shapes: dict[str, tuple], dtype: np.dtype, random: by
             file.write(memoryview(random)[: end - begin])
 
 
-def read_rate(paths: list[Path], threads: int, chunk_bytes: int) -> float:
+def read_rate(paths: list[Path], threads: int, piece_bytes: int) -> float:
     """Bytes a second that threads read into a small buffer of their own, for no further use."""
     opened = [os.open(path, os.O_RDONLY) for path in paths]
     sizes = [path.stat().st_size for path in paths]
 
     def jobs():
         for file, size in zip(opened, sizes, strict=True):
-            yield from ((file, offset) for offset in range(0, size, chunk_bytes))
+            yield from ((file, offset) for offset in range(0, size, piece_bytes))
 
     def worker():
-        buffer = bytearray(chunk_bytes)
-        return nullcontext(lambda job: os.preadv(job[0], [buffer], job[1]))
+        buffer = bytearray(piece_bytes)
+        return nullcontext(lambda job: [os.preadv(job[0], [buffer], job[1])])
 
     begin = time.perf_counter()
     for_each(jobs(), worker, threads)
@@ -117,6 +137,47 @@ def allocation_seconds(config: ModelConfig, dtype: np.dtype) -> float:
     return seconds
 
 
+def writer_seconds(setting: Setting) -> float:
+    """What it takes to make the threads of a load with their pinned buffers, and to end them."""
+    open_writer = device_writers(setting.piece_bytes, setting.buffers, setting.blocking)
+
+    @contextmanager
+    def worker():
+        with open_writer():
+            yield lambda job: []
+
+    return _idle_seconds(worker, setting.threads)
+
+
+def registered_seconds(setting: Setting) -> float:
+    """The same with buffers in huge pages that are registered with the driver, for comparison."""
+    device, nbytes = cupy.cuda.Device(), setting.buffers * setting.piece_bytes
+
+    @contextmanager
+    def worker():
+        device.use()
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        runtime.hostRegister(address, nbytes, 1)  # cudaHostRegisterPortable
+        streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(setting.buffers)]
+        yield lambda job: []
+        streams.clear()
+        runtime.hostUnregister(address)
+
+    return _idle_seconds(worker, setting.threads)
+
+
+def _idle_seconds(worker: Worker, threads: int) -> float:
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        for_each(range(threads), worker, threads)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
 def empty_pool() -> None:
     gc.collect()
     cupy.get_default_memory_pool().free_all_blocks()
@@ -145,21 +206,29 @@ def verify(weights: StageWeights, checkpoint: SafetensorsCheckpoint, config: Mod
 @click.option("--files", default=3)
 @click.option("--saved", type=click.Choice(["float16", "bfloat16"]), default="float16")
 @click.option("--dtype", help="What is loaded; as saved if not given.")
-@click.option("--threads", default=[4, 8, THREADS, 16], multiple=True)
-@click.option("--chunk-kib", default=[1024, CHUNK_BYTES >> 10, 16384], multiple=True)
-@click.option("--repeats", default=3)
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
-def main(folder, shape, layers, files, saved, dtype, threads, chunk_kib, repeats, json_path):
-    """Write, warm, load and print one line for each number of threads and size of chunk."""
+@click.option("--threads", default=[8, THREADS, 14], multiple=True)
+@click.option("--piece-kib", default=[PIECE_BYTES >> 10, 4096, 8192], multiple=True)
+@click.option("--buffers", default=[BUFFERS, 3], multiple=True, help="Of every thread.")
+@click.option("--waiting", type=click.Choice(WAITING), default=list(WAITING), multiple=True)
+@click.option("--repeats", default=2)
+@click.option("--json", "out", type=click.Path(path_type=Path))
+def main(
+    folder, shape, layers, files, saved, dtype, threads, piece_kib, buffers, waiting, repeats, out
+):
+    """Write, warm, load and print one line for each setting, the best once more at the end."""
     device = choose_device("cuda")[0]
     config = replace(model_config(shape), num_hidden_layers=layers)
     target = storage_dtype(dtype or saved)
+    settings = [
+        Setting(count, kib << 10, each, way == "blocking")
+        for count, kib, each, way in product(threads, piece_kib, buffers, waiting)
+    ]
     directory = Path(tempfile.mkdtemp(prefix="load_gpu-", dir=folder))
     try:
         begin = time.perf_counter()
         write_checkpoint(directory, config, storage_dtype(saved), files)
         print(f"written in {time.perf_counter() - begin:.1f} s", flush=True)
-        result = measure(directory, config, target, threads, chunk_kib, repeats)
+        result = measure(directory, config, target, settings, repeats)
     finally:
         shutil.rmtree(directory)
     result = {
@@ -173,32 +242,29 @@ def main(folder, shape, layers, files, saved, dtype, threads, chunk_kib, repeats
         "saved": saved,
         "dtype": target.name,
     } | result
-    if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=2) + "\n")
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(directory: Path, config, dtype, threads, chunk_kib, repeats: int) -> dict:
+def measure(directory: Path, config, dtype, settings: list[Setting], repeats: int) -> dict:
     """All loads in turn with plain copies, `repeats` times."""
     layers, paths = range(config.num_hidden_layers), sorted(directory.glob("*.safetensors"))
     nbytes = stage_bytes(config, layers, dtype)
-    warming = read_rate(paths, THREADS, CHUNK_BYTES)
+    warming = read_rate(paths, THREADS, PIECE_BYTES)
     pinned = cupyx.empty_pinned(PINNED_BYTES, np.uint8)
     pinned[:] = 1
     on_device = cupy.empty(PINNED_BYTES, np.uint8)
     pinned_rate(nbytes, pinned, on_device)  # warms the card
-    cuts = list(product(threads, chunk_kib))
     copies: list[float] = []
-    loads: dict[tuple[int, int], list[float]] = {cut: [] for cut in cuts}
-    for repeat, (count, kib) in product(range(repeats), cuts):
+    loads: dict[Setting, list[float]] = {setting: [] for setting in settings}
+    for repeat, setting in product(range(repeats), settings):
         copies.append(pinned_rate(nbytes, pinned, on_device))
         checkpoint = SafetensorsCheckpoint(directory)
         empty_pool()
         begin = time.perf_counter()
-        weights = load_stage(
-            checkpoint, config, layers, dtype, cuda, threads=count, chunk_bytes=kib << 10
-        )
-        loads[count, kib].append(nbytes / (time.perf_counter() - begin))
-        if repeat == 0 and (count, kib) in (cuts[0], cuts[-1]):
+        weights = load_stage(checkpoint, config, layers, dtype, cuda, **asdict(setting))
+        loads[setting].append(nbytes / (time.perf_counter() - begin))
+        if repeat == 0 and setting in (settings[0], settings[-1]):
             verify(weights, checkpoint, config)
         del weights
     copy = statistics.median(copies)
@@ -208,21 +274,32 @@ def measure(directory: Path, config, dtype, threads, chunk_kib, repeats: int) ->
         f"({min(copies) / 1e9:.1f} to {max(copies) / 1e9:.1f}) | "
         f"warming read {warming / 1e9:.1f} GB/s | allocation {allocation * 1e3:.0f} ms"
     )
-    runs = []
-    for (count, kib), rates in loads.items():
-        rate, read = statistics.median(rates), read_rate(paths, count, kib << 10)
-        print(
-            f" > load_stage (threads={count:2}, chunk={kib:6} KiB): {nbytes / rate:.3f} s | "
+    reading = {
+        cut: read_rate(paths, *cut)
+        for cut in dict.fromkeys((setting.threads, setting.piece_bytes) for setting in settings)
+    }
+    runs, lines = [], {}
+    for setting, rates in loads.items():
+        rate, read = statistics.median(rates), reading[setting.threads, setting.piece_bytes]
+        idle = writer_seconds(setting)
+        lines[setting] = (
+            f" > load_stage ({setting}): {nbytes / rate:.3f} s | "
             f"{rate / 1e9:5.1f} GB/s | {rate / copy:.2f} of a pinned copy | "
-            f"reading alone {read / 1e9:5.1f} GB/s",
-            flush=True,
+            f"reading alone {read / 1e9:5.1f} GB/s | idle threads {idle * 1e3:4.1f} ms"
         )
-        runs.append({"threads": count, "chunk_kib": kib, "bytes_per_second": rates})
-        runs[-1] |= {"of_pinned_copy": rate / copy, "reading_alone_bytes_per_second": read}
+        print(lines[setting], flush=True)
+        runs.append(asdict(setting) | {"bytes_per_second": rates, "of_pinned_copy": rate / copy})
+        runs[-1] |= {"reading_alone_bytes_per_second": read, "idle_threads_seconds": idle}
+    best = max(loads, key=lambda setting: statistics.median(loads[setting]))
+    registered = registered_seconds(best)
+    print(f"idle threads of the best with registered huge pages: {registered * 1e3:.1f} ms")
+    print(f"best\n{lines[best]}")
     return {
         "bytes": nbytes,
         "pinned_copy_bytes_per_second": copies,
         "allocation_seconds": allocation,
+        "registered_threads_seconds": registered,
+        "best": asdict(best),
         "runs": runs,
     }
 

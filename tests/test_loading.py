@@ -2,6 +2,8 @@
 
 import os
 import threading
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +24,7 @@ from cupyllama.ops import reference
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # Bytes: one element at a time, cut rows, a size that is no multiple of an element's, and no cut.
-CHUNKS = [1, 1002, 4099, 1 << 30]
+PIECES = [1, 1002, 4099, 1 << 30]
 
 
 def naive(checkpoint: Checkpoint, config: ModelConfig, layers: range, dtype) -> dict:
@@ -82,19 +84,19 @@ def nothing_left_behind():
     assert len(os.listdir("/proc/self/fd")) == files
 
 
-@pytest.mark.parametrize("chunk_bytes", CHUNKS[1:])
+@pytest.mark.parametrize("piece_bytes", PIECES[1:])
 @pytest.mark.parametrize("saved", DTYPES)
 @pytest.mark.parametrize("wanted", DTYPES)
-def test_every_pair_of_dtypes_in_chunks_of_any_size(saved, wanted, chunk_bytes, tmp_path):
+def test_every_pair_of_dtypes_in_pieces_of_any_size(saved, wanted, piece_bytes, tmp_path):
     directory = write_tiny_model("attention_bias", tmp_path, dtype=saved, shards=3)
-    check_load(directory, reference, DTYPES[wanted], threads=3, chunk_bytes=chunk_bytes)
+    check_load(directory, reference, DTYPES[wanted], threads=3, piece_bytes=piece_bytes)
 
 
 @pytest.mark.parametrize("name", ["odd", "tied", "gqa"])
 @pytest.mark.parametrize("threads", [1, 2, 40])
 def test_any_number_of_threads(name, threads, tmp_path):
     directory = write_tiny_model(name, tmp_path, dtype="float16")
-    check_load(directory, reference, np.float32, threads=threads, chunk_bytes=999)
+    check_load(directory, reference, np.float32, threads=threads, piece_bytes=999)
 
 
 def test_one_element_at_a_time(tmp_path):
@@ -102,7 +104,7 @@ def test_one_element_at_a_time(tmp_path):
     config, layer = load_config(directory), range(1, 2)
     checkpoint = SafetensorsCheckpoint(directory)
     weights = load_stage(
-        checkpoint, config, layer, np.dtype(np.float16), reference, chunk_bytes=CHUNKS[0]
+        checkpoint, config, layer, np.dtype(np.float16), reference, piece_bytes=PIECES[0]
     )
     assert_same(weights, naive(checkpoint, config, layer, np.float16), layer)
 
@@ -110,7 +112,7 @@ def test_one_element_at_a_time(tmp_path):
 @pytest.mark.parametrize("wanted", DTYPES)
 def test_tensors_that_are_put_together(wanted, tmp_path):
     directory = write_tiny_model("llama1", tmp_path, dtype="bfloat16")
-    check_load(directory, reference, DTYPES[wanted], Derived, chunk_bytes=1000)
+    check_load(directory, reference, DTYPES[wanted], Derived, piece_bytes=1000)
 
 
 def test_the_defaults(tmp_path):
@@ -132,16 +134,16 @@ def test_values_beyond_float16_become_infinite_without_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [SafetensorsCheckpoint, Derived])
-@pytest.mark.parametrize("chunk_bytes", [1000, 1 << 20])
+@pytest.mark.parametrize("piece_bytes", [1000, 1 << 20])
 @pytest.mark.parametrize("wanted", [np.float16, np.float32])
-def test_a_file_that_ends_early_is_named(kind, chunk_bytes, wanted, tmp_path):
+def test_a_file_that_ends_early_is_named(kind, piece_bytes, wanted, tmp_path):
     directory = write_tiny_model("gqa", tmp_path, shards=2)
     config, checkpoint = load_config(directory), kind(directory)
     path = max(checkpoint.tensors.values(), key=lambda t: (t.path, t.offset)).path
     os.truncate(path, path.stat().st_size - 1)  # after the header was checked
     with pytest.raises(ModelError, match=f"{path.name}: ends ") as error:
         load_stage(
-            checkpoint, config, range(2), np.dtype(wanted), reference, chunk_bytes=chunk_bytes
+            checkpoint, config, range(2), np.dtype(wanted), reference, piece_bytes=piece_bytes
         )
     assert error.value.exit_code == 3
     if kind is SafetensorsCheckpoint:
@@ -175,7 +177,7 @@ def test_short_reads_go_on(tmp_path, monkeypatch):
     whole = os.preadv
     directory = write_tiny_model("gqa", tmp_path)
     monkeypatch.setattr(os, "preadv", lambda f, views, at: whole(f, [views[0][:700]], at))
-    check_load(directory, reference, np.float16, chunk_bytes=4099)
+    check_load(directory, reference, np.float16, piece_bytes=4099)
 
 
 def test_memory_that_ends_is_told(tmp_path, monkeypatch):
@@ -202,7 +204,7 @@ def test_an_interrupt_ends_every_thread(raised, tmp_path):
     config, checkpoint = load_config(directory), SafetensorsCheckpoint(directory)
     arguments = (config, range(2), np.dtype(np.float32), reference, interrupt)
     with pytest.raises(raised):
-        load_stage(checkpoint, *arguments, chunk_bytes=1000)
+        load_stage(checkpoint, *arguments, piece_bytes=1000)
     assert checkpoint.bytes_read < stage_bytes(config, range(2), np.dtype(np.float32))
 
 
@@ -213,7 +215,7 @@ def test_every_job_is_done_once_and_told_in_the_calling_thread():
         assert threading.current_thread() is threading.main_thread()
         told.append(job)
 
-    for_each(range(1000), lambda: nullcontext(done.append), 7, on_done)
+    for_each(range(1000), lambda: nullcontext(lambda job: [done.append(job)]), 7, on_done)
     assert sorted(done) == sorted(told) == list(range(1000))
 
 
@@ -223,7 +225,7 @@ def test_no_jobs_and_few_jobs_start_no_needless_threads():
     @contextmanager
     def worker():
         entered.append(threading.current_thread().name)
-        yield lambda job: None
+        yield lambda job: []
 
     for_each([], worker, 5)
     assert entered == []
@@ -241,16 +243,35 @@ def test_the_first_error_cancels_the_other_threads_and_is_raised():
         finally:
             left.append(threading.current_thread())
 
-    def work(job: int) -> None:
+    def work(job: int) -> Iterator[None]:
         if job == 3:
             released.set()
             raise LookupError("the fourth job")
         released.wait(10)
         done.append(job)
+        yield
 
     with pytest.raises(LookupError, match="the fourth job"):
         for_each(range(100_000), worker, 4)
     assert len(left) == 4 and len(done) < 100_000
+
+
+def test_an_error_ends_a_job_between_its_steps():
+    began, told = threading.Event(), []
+
+    def work(job: int) -> Iterator[None]:
+        if job == 0:
+            began.wait(10)
+            raise LookupError("the first job")
+        for _ in range(10_000):  # seconds, if nobody ended it
+            began.set()
+            time.sleep(0.001)
+            yield
+
+    begin = time.monotonic()
+    with pytest.raises(LookupError, match="the first job"):
+        for_each(range(2), lambda: nullcontext(work), 2, told.append)
+    assert time.monotonic() - begin < 5 and told == []
 
 
 @pytest.mark.parametrize("where", ["entering", "leaving", "jobs"])
@@ -259,7 +280,7 @@ def test_errors_around_the_jobs_are_raised(where):
     def worker():
         if where == "entering":
             raise MemoryError(where)
-        yield lambda job: None
+        yield lambda job: []
         if where == "leaving":
             raise MemoryError(where)
 

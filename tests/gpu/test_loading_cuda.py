@@ -31,14 +31,22 @@ def no_thread_left_behind():
 @pytest.mark.parametrize("wanted", DTYPES)
 def test_every_pair_of_dtypes(saved, wanted, kind, tmp_path):
     directory = write_tiny_model("attention_bias", tmp_path, dtype=saved, shards=3)
-    check_load(directory, cuda, DTYPES[wanted], kind, threads=3, chunk_bytes=4099)
+    check_load(directory, cuda, DTYPES[wanted], kind, threads=3, piece_bytes=4099)
 
 
 @pytest.mark.parametrize("name", ["odd", "tied"])
-@pytest.mark.parametrize(("threads", "chunk_bytes"), [(1, 5001), (12, 1002), (4, 1 << 20)])
-def test_chunks_of_any_size(name, threads, chunk_bytes, tmp_path):
+@pytest.mark.parametrize(("threads", "piece_bytes"), [(1, 5001), (12, 1002), (4, 1 << 20)])
+def test_pieces_of_any_size(name, threads, piece_bytes, tmp_path):
     directory = write_tiny_model(name, tmp_path, dtype="float16")
-    check_load(directory, cuda, np.float16, threads=threads, chunk_bytes=chunk_bytes)
+    check_load(directory, cuda, np.float16, threads=threads, piece_bytes=piece_bytes)
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_any_number_of_buffers_and_both_ways_to_wait(buffers, blocking, tmp_path):
+    directory = write_tiny_model("gqa", tmp_path, dtype="float16")
+    cut = {"threads": 3, "piece_bytes": 999, "buffers": buffers, "blocking": blocking}
+    check_load(directory, cuda, np.float16, **cut)
 
 
 def test_the_defaults(tmp_path):
@@ -72,7 +80,7 @@ def test_a_file_that_ends_early_is_named_and_memory_comes_back(tmp_path):
     pool = cupy.get_default_memory_pool()
     before = pool.used_bytes()
     with pytest.raises(ModelError, match="model.safetensors: ends inside"):
-        load_stage(checkpoint, config, range(2), np.dtype(np.float16), cuda, chunk_bytes=1000)
+        load_stage(checkpoint, config, range(2), np.dtype(np.float16), cuda, piece_bytes=1000)
     gc.collect()  # the error's traceback held the arrays
     assert pool.used_bytes() == before
 
