@@ -1,8 +1,8 @@
 """How fast a checkpoint in the page cache gets to the GPU, beside a plain pinned copy.
 
-    python bench/load_gpu.py --folder /tmp --layers 18 --json out.json
+    python bench/load_gpu.py --folder /tmp --layers 32 --json out.json
 
-A synthetic checkpoint of a published shape (18 layers of LLaMA-7B in float16: 7.8 GB) is written,
+A synthetic checkpoint of a published shape (LLaMA-7B in float16: 13.5 GB) is written,
 read once to warm the page cache, and loaded with several numbers of threads, sizes of pieces,
 buffers a thread and both ways to wait for a copy, in turn with copies of as many bytes from one
 pinned buffer. A load begins with an empty memory pool, so it pays for the allocation of what it
@@ -11,13 +11,12 @@ fills and of its pinned buffers, as in a run of the engine; the copy does not.
 
 import gc
 import json
-import mmap
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from itertools import product
@@ -149,26 +148,6 @@ def writer_seconds(setting: Setting) -> float:
     return _idle_seconds(worker, setting.threads)
 
 
-def registered_seconds(setting: Setting) -> float:
-    """The same with buffers in huge pages that are registered with the driver, for comparison."""
-    device, nbytes = cupy.cuda.Device(), setting.buffers * setting.piece_bytes
-
-    @contextmanager
-    def worker():
-        device.use()
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        address = np.frombuffer(memory, np.uint8).ctypes.data
-        runtime.hostRegister(address, nbytes, 1)  # cudaHostRegisterPortable
-        streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(setting.buffers)]
-        yield lambda job: []
-        streams.clear()
-        runtime.hostUnregister(address)
-
-    return _idle_seconds(worker, setting.threads)
-
-
 def _idle_seconds(worker: Worker, threads: int) -> float:
     seconds = []
     for _ in range(2):
@@ -202,13 +181,13 @@ def verify(weights: StageWeights, checkpoint: SafetensorsCheckpoint, config: Mod
 @click.command()
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the checkpoint is written.")
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="llama-7b")
-@click.option("--layers", default=18)
+@click.option("--layers", default=32)
 @click.option("--files", default=3)
 @click.option("--saved", type=click.Choice(["float16", "bfloat16"]), default="float16")
 @click.option("--dtype", help="What is loaded; as saved if not given.")
 @click.option("--threads", default=[8, THREADS, 14], multiple=True)
-@click.option("--piece-kib", default=[PIECE_BYTES >> 10, 4096, 8192], multiple=True)
-@click.option("--buffers", default=[BUFFERS, 3], multiple=True, help="Of every thread.")
+@click.option("--piece-kib", default=[2048, PIECE_BYTES >> 10], multiple=True)
+@click.option("--buffers", default=[BUFFERS], multiple=True, help="Of every thread.")
 @click.option("--waiting", type=click.Choice(WAITING), default=list(WAITING), multiple=True)
 @click.option("--repeats", default=2)
 @click.option("--json", "out", type=click.Path(path_type=Path))
@@ -291,14 +270,11 @@ def measure(directory: Path, config, dtype, settings: list[Setting], repeats: in
         runs.append(asdict(setting) | {"bytes_per_second": rates, "of_pinned_copy": rate / copy})
         runs[-1] |= {"reading_alone_bytes_per_second": read, "idle_threads_seconds": idle}
     best = max(loads, key=lambda setting: statistics.median(loads[setting]))
-    registered = registered_seconds(best)
-    print(f"idle threads of the best with registered huge pages: {registered * 1e3:.1f} ms")
     print(f"best\n{lines[best]}")
     return {
         "bytes": nbytes,
         "pinned_copy_bytes_per_second": copies,
         "allocation_seconds": allocation,
-        "registered_threads_seconds": registered,
         "best": asdict(best),
         "runs": runs,
     }

@@ -77,11 +77,13 @@ def main(
         seconds.append(elapsed)
     mine = len(grid.share(batches))
     stages = world.allgather(busy_seconds(line.spans) / max(mine, 1))
+    links = world.allgather(line.link_seconds)
     if world.rank == 0:
         assert scores.done.all() and np.isfinite(scores.loglikelihoods).all()
         median = statistics.median(seconds)
         digest = hashlib.sha256(scores.loglikelihoods.tobytes()).hexdigest()
-        simulated = simulate(stages[: grid.stages], [0.0] * (grid.stages - 1), mine).seconds
+        links = [seconds or 0.0 for seconds in links[1 : grid.stages]]
+        simulated = simulate(stages[: grid.stages], links, mine).seconds
         result = {
             "bench": "pipeline_gpu",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -98,12 +100,14 @@ def main(
             "seconds": seconds,
             "questions_per_second": questions / median,
             "stage_seconds": stages,
-            "simulated_seconds": simulated,
+            "link_seconds": links,
+            "simulated_seconds": simulated if len(set(places)) == world.size else None,
             "digest": digest,
         }
         print(
             f" > {shape} {dtype} ({world.size} ranks, {replicas} replicas, {result['gpus']} GPUs): "
-            f"{questions / median:6.1f} questions/s | {median:.2f} s, simulated {simulated:.2f} | "
+            f"{questions / median:6.1f} questions/s | {median:.2f} s, "
+            f"simulated {result['simulated_seconds'] or float('nan'):.2f} | "
             f"digest {digest[:12]}",
             flush=True,
         )

@@ -27,7 +27,7 @@ from cupyllama.model.llama import LayerWeights, StageWeights
 
 THREADS = 12
 # Small enough that what a thread has just read is still in a cache when the device fetches it.
-PIECE_BYTES = 2 << 20
+PIECE_BYTES = 4 << 20
 BUFFERS = 2  # of a piece each, for every thread that copies to a device
 # Few enough that the threads end together, many enough that handing out chunks costs nothing.
 PIECES_PER_CHUNK = 8
