@@ -48,7 +48,7 @@ def main(
 ):
     """Time evaluations, all ranks together."""
     world, config = open_world(), model_config(shape)
-    device = choose_device("cuda", world.local_rank)[0]
+    device = choose_device("cuda", world.local_rank, world.local_size)[0]
     grid = pipeline.make_grid(world, replicas)
     everything = load_task(data, "lm-eval").questions
     spread = [everything[i * len(everything) // questions] for i in range(questions)]

@@ -199,6 +199,8 @@ def score(
         if output is None:
             raise click.UsageError("--log-samples writes beside --output FILE; give that too.")
         samples = output.with_name(f"{output.stem}_samples.jsonl")
+    if samples is not None and samples == output:
+        raise click.UsageError("--output and --samples are the same file.")
     if options["resume"] and samples is None:
         raise click.UsageError("--resume goes on with --samples FILE; give that too.")
     report = run(

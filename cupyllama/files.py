@@ -1,13 +1,17 @@
 """Files of results: there whole or not at all."""
 
+import errno
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from cupyllama.errors import OutputError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -24,27 +28,71 @@ def check_writable(path: Path) -> None:
     """Find out before the run, not after it, that a result could not be written.
 
     Raises:
-        OutputError: the directory is missing or refuses a new file.
+        OutputError: the directory is missing or refuses a new file, or `path` is one.
     """
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
     if path.is_dir():
         raise OutputError(f"{path}: is a directory", "Give the name of a file.")
+    try:
+        if is_special(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        target = _target(path)
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}."):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def write_whole(path: Path, chunks: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file under another name and rename it; behind a symbolic link, what it points to.
+
+    A device or a pipe is written to as it is: renaming would put a file in its place.
+
+    Raises:
+        OutputError: it cannot be written. What was there before is still there.
+    """
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        if is_special(path):
+            with _open(path) as file:
+                file.writelines(chunks)
+        else:
+            _replace(_target(path), chunks)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _replace(target: Path, chunks: Iterable[str]) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with _open(temporary) as file:
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
+        os.replace(temporary, target)
+    except BaseException:  # Ctrl-C too leaves nothing behind
         temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror}", "Is there space left on the disk?"
-        ) from error
+        raise
+
+
+def _open(path: Path) -> Any:
+    # A name of a file need not be UTF-8; \udcXX is how JSON can say what it is.
+    return open(path, "w", encoding="utf-8", errors="backslashreplace")
+
+
+def is_special(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a directory, links followed."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _target(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    hint = "Is there space left on the disk?" if error.errno in _FULL else "Give another place."
+    return OutputError(f"{path}: cannot be written: {error.strerror}", hint)

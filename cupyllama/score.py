@@ -14,7 +14,7 @@ from cupyllama.checkpoint.stages import split_layers
 from cupyllama.config import ModelConfig, load_config
 from cupyllama.errors import DataError, ModelError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
-from cupyllama.files import check_writable, write_json, write_json_lines
+from cupyllama.files import check_writable, is_special, write_json, write_json_lines
 from cupyllama.journal import Journal
 from cupyllama.model.llama import Stage
 from cupyllama.parallel import pipeline
@@ -131,9 +131,9 @@ class Run:
             for path in (options.output, options.samples, options.trace):
                 if path is not None:
                     check_writable(path)
-            if options.samples is not None:
+            if options.samples is not None and not is_special(options.samples):
                 self.journal = Journal(options.samples)
-        self.device, reason = choose_device(options.device, world.local_rank)
+        self.device, reason = choose_device(options.device, world.local_rank, world.local_size)
         if reason and options.device == "auto":
             self.say(f"no GPU ({reason}); computing on the CPU")
         self.dtype = choose_dtype(options.dtype, self.config.dtype, self.device)
@@ -297,6 +297,7 @@ class Run:
         )
         if options.samples is not None:
             write_json_lines(options.samples, answers.samples())
+        if self.journal is not None:
             self.journal.remove()
         if options.output is not None:
             write_json(options.output, report.as_json())
@@ -321,8 +322,9 @@ class Run:
             if self.journal is not None:
                 self.journal.remove()
             question = int(np.searchsorted(choice_start, choice, side="right")) - 1
+            place = questions.asked[question].place
             raise ModelError(
-                f"question {question}, choice {choice - choice_start[question]}: the "
+                f"question {question} ({place}), choice {choice - choice_start[question]}: the "
                 f"log-likelihood is {scores.loglikelihoods[choice]}",
                 "float16 may overflow: try --dtype bfloat16 or float32. If that does not help, "
                 "the weights are broken.",

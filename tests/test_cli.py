@@ -185,7 +185,7 @@ def test_a_log_likelihood_that_is_no_number_is_located(folder, value):
 
     change_weights(folder, "model.embed_tokens.weight", poison)
     outputs = ["--output", folder / "r.json", "--samples", folder / "s.jsonl"]
-    fails(score(folder, *outputs), 3, "question 1, choice 0", "nan")
+    fails(score(folder, *outputs), 3, "question 1 (", "q.jsonl, line 2), choice 0", "nan")
     assert not (folder / "r.json").exists() and not (folder / "s.jsonl").exists()
 
 

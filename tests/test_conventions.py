@@ -59,6 +59,17 @@ def test_an_empty_context_is_bos_even_where_bos_is_off():
         made = rows(Question("", ("x",), 0), bos=bos)
         assert made.rows[0].token_ids == [BOS, *ids(" x")]
         assert made.rows[0].first_target == 1
+    for convention in CONVENTIONS:  # and never twice
+        (row,) = rows(Question("", ("x",), 0), convention, bos=True).rows
+        assert row.token_ids.count(BOS) == 1
+
+
+def test_what_each_convention_reports():
+    assert {name: (c.name, c.bos, c.headline) for name, c in CONVENTIONS.items()} == {
+        "lm-eval": ("lm-eval", None, "acc_norm"),
+        "fastertransformer": ("fastertransformer", False, "acc_tokens"),
+        "llamacpp": ("llamacpp", True, "acc_tokens"),
+    }
 
 
 def test_fastertransformer_tokenises_choices_apart():
@@ -90,6 +101,9 @@ def test_a_choice_longer_than_the_model_allows_is_named():
         DataError, match="question 0, choice 1: has 5 tokens of its own, and 1 to 4"
     ):
         rows(Question("ab", ("x", "wxyz"), 0), max_length=4)
+    with pytest.raises(DataError, match=r"question 0 \(q.jsonl, line 7\), choice 0: ") as error:
+        rows(Question("ab", ("x" * 9000,), 0, place="q.jsonl, line 7"))
+    assert len(str(error.value)) < 200 and "9001 tokens" in str(error.value) and error.value.hint
 
 
 def test_a_choice_without_tokens_is_named():
@@ -102,8 +116,9 @@ def test_bos_that_the_tokenizer_lacks():
     tokenizer.bos_token_id = None
     with pytest.raises(ModelError, match="has no BOS token"):
         rows(Question("ab", ("x",), 0), tokenizer=tokenizer)
-    with pytest.raises(DataError, match="an empty context needs a BOS token"):
+    with pytest.raises(DataError, match="question 0: an empty context needs a BOS token") as error:
         rows(Question("", ("x",), 0), bos=False, tokenizer=tokenizer)
+    assert error.value.hint
 
 
 def test_choices_are_numbered_over_all_questions():

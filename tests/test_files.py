@@ -1,8 +1,11 @@
 """Questions from files: the three forms, and what is said of broken ones."""
 
 import bz2
+import codecs
 import gzip
+import hashlib
 import json
+import lzma
 import sys
 import types
 
@@ -37,22 +40,38 @@ def test_generic_records_take_their_name_from_the_file(tmp_path):
     assert load_task(path, "lm-eval", "arithmetic").name == "arithmetic"
 
 
-@pytest.mark.parametrize(
-    ("suffix", "compress"), [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress)]
-)
-def test_six_lines_plain_and_compressed(tmp_path, suffix, compress):
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".bin"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress])
+def test_six_lines_plain_and_compressed_whatever_the_name(tmp_path, suffix, compress):
     path = tmp_path / f"val.txt{suffix}"
     path.write_bytes(compress((SIX_LINES * 2).encode()))
     task = load_task(path, "lm-eval")
     choices = ("drinks.", "eats.", "sings.", "sleeps.")
     assert task.name == "hellaswag"
     assert task.questions == [Question("Tea: She pours. she", choices, 1)] * 2
+    assert task.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [question.place for question in task.questions] == [
+        f"{path}, line 2",
+        f"{path}, line 8",
+    ]
+
+
+@pytest.mark.parametrize("content", [SIX_LINES, json.dumps(GENERIC) + "\n"])
+def test_a_byte_order_mark_is_no_text(tmp_path, content):
+    path = tmp_path / "val"
+    path.write_bytes(content.encode())
+    plain = load_task(path, "lm-eval")
+    for compress in (bytes, gzip.compress):
+        path.write_bytes(compress(codecs.BOM_UTF8 + content.encode()))
+        assert load_task(path, "lm-eval").questions == plain.questions
 
 
 def test_windows_line_ends_and_blank_lines(tmp_path):
     path = tmp_path / "val.jsonl"
     path.write_bytes(b"\r\n" + json.dumps(GENERIC).encode() + b"\r\n\r\n")
     assert len(load_task(path, "lm-eval").questions) == 1
+    path.write_bytes(b"\r\n" + json.dumps(HELLASWAG).encode() + b"\r\n\r\n")
+    assert load_task(path, "lm-eval").name == "hellaswag"
     six = tmp_path / "val.txt"
     six.write_bytes(SIX_LINES.replace("\n", "\r\n").encode() + b"\r\n")
     assert load_task(six, "lm-eval").questions[0].choices[3] == "sleeps."
@@ -92,6 +111,50 @@ BROKEN = {
         json.dumps({k: v for k, v in HELLASWAG.items() if k != "label"}).encode(),
         r"line 1: has no field 'label'",
     ),
+    "no ctx_a, though ctx": (
+        json.dumps({k: v for k, v in HELLASWAG.items() if k != "ctx_a"}).encode(),
+        r"line 1: has no field 'ctx_a'",
+    ),
+    "cleaned away": (
+        json.dumps(HELLASWAG | {"endings": ["drinks.", "[header]"]}).encode(),
+        r"line 1: ending 1, '\[header\]', is empty after cleaning",
+    ),
+    "an empty ending": (
+        json.dumps(HELLASWAG | {"endings": ["", "a"]}).encode(),
+        r"line 1: choice 0 is empty",
+    ),
+    "half a character in a choice": (
+        json.dumps(GENERIC).encode() + b'\n{"query": "a", "choices": ["b", "c\\ud800"], "gold": 0}',
+        r"line 2: 'c.*' has '\\ud800', which is half a character",
+    ),
+    "half a character in the context": (
+        b'{"query": "\\udc00", "choices": ["b"], "gold": 0}',
+        r"line 1: .* has '\\udc00', which is half a character",
+    ),
+    "nested": (json.dumps(GENERIC).encode() + b"\n" + b"[" * 100000, r"line 2: not JSON"),
+    "a label of many digits": (
+        json.dumps(HELLASWAG | {"label": "9" * 5000}).encode(),
+        r"line 1: label is '9+\.\.\.9+', not a number",
+    ),
+    "a comma-separated file": (
+        b"ctx,ending0,ending1,label\n" * 5,
+        r"not JSON, and 5 lines, which is no multiple of 6",
+    ),
+    "a comma-separated file of six lines": (
+        b"ctx,ending0,ending1,label\n" * 6,
+        r"line 2: label is 'ctx,ending0,ending1,label', not a number",
+    ),
+    "bytes": (bytes(range(256)), "is no text"),
+    "parquet": (b"PAR1\x15\x04", "is a Parquet file, which is not read"),
+    "xz": (lzma.compress(SIX_LINES.encode()), "is xz-compressed, which is not read"),
+    "zip": (b"PK\x03\x04\x14", "is a zip archive, which is not read"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x04", "is zstd-compressed, which is not read"),
+    "cut gzip": (gzip.compress(SIX_LINES.encode() * 100)[:-10], "not a whole gzip file"),
+    "broken gzip": (
+        gzip.compress(SIX_LINES.encode())[:10] + b"\xff" * 40,
+        "not a whole gzip file",
+    ),
+    "utf-16": ("\ufeff{}".encode("utf-16-le"), "line 1: not UTF-8 at byte 0"),
     "latin-1": (
         json.dumps(GENERIC).encode() + b'\n{"query": "caf\xe9"}',
         r"line 2: not UTF-8 at byte 14",
@@ -118,6 +181,31 @@ def test_broken_files_are_named_with_the_line(case, tmp_path):
         load_task(path, "lm-eval")
     assert str(path) in str(error.value)
     assert error.value.exit_code == 4
+    assert error.value.hint
+    assert len(str(error.value)) < len(str(path)) + 200 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("case", ["a comma-separated file", "bytes", "nothing", "parquet"])
+def test_what_is_in_no_known_form_hears_which_there_are(case, tmp_path):
+    path = tmp_path / "questions.csv"
+    path.write_bytes(BROKEN[case][0])
+    with pytest.raises(DataError) as error:
+        load_task(path, "lm-eval")
+    for form in ("one JSON object a line", "query, choices, gold", "six lines", "gzip or bzip2"):
+        assert form in error.value.hint
+
+
+def test_hellaswag_without_ctx_a(tmp_path):
+    """As lm-eval, which has no use for ctx; the FasterTransformer fork takes nothing else."""
+    record = {k: v for k, v in HELLASWAG.items() if k not in ("ctx_a", "ctx_b")}
+    path = write(tmp_path / "val.jsonl", record)
+    with pytest.raises(DataError, match="line 1: has no field 'ctx_a'") as error:
+        load_task(path, "lm-eval")
+    assert "ctx alone does for --convention fastertransformer" in error.value.hint
+    assert load_task(path, "fastertransformer").questions[0].context == "Tea:She pours. she"
+    write(path, HELLASWAG | {"ctx": None})
+    with pytest.raises(DataError, match="line 1: ctx is not a text"):
+        load_task(path, "fastertransformer")
 
 
 def test_missing_file_directory_and_cut_archive(tmp_path):
@@ -127,7 +215,7 @@ def test_missing_file_directory_and_cut_archive(tmp_path):
         load_task(tmp_path, "lm-eval")
     cut = tmp_path / "cut.txt.bz2"
     cut.write_bytes(bz2.compress(SIX_LINES.encode() * 100)[:-10])
-    with pytest.raises(DataError, match="not a whole .bz2 file"):
+    with pytest.raises(DataError, match="not a whole bzip2 file"):
         load_task(cut, "lm-eval")
 
 

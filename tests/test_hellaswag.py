@@ -28,19 +28,25 @@ def test_fastertransformer_keeps_ctx_and_loses_the_space_after_the_colon():
         "activity_label": "Roof  removal",
         "ctx_a": "A man sits.",
         "ctx_b": "he",
-        "ctx": "A man [substeps] sits. he",
+        "ctx": "A man [substeps] rises. he",  # which is what counts, whatever ctx_a says
         "endings": ["is [x]ripping.", " falls. "],
         "label": "1",
     }
     question = hellaswag.question(record, "fastertransformer")
-    assert question.context == "Roof removal:A man sits. he"
+    assert question.context == "Roof removal:A man rises. he"
     assert question.choices == ("is ripping.", "falls.")
     assert question.gold == 1
     assert hellaswag.question(record, "llamacpp").context == "Roof removal: A man sits. He"
+    del record["ctx"]
+    joined = hellaswag.question(record, "fastertransformer")
+    assert joined.context == "Roof removal:A man sits. he"
 
 
 def test_six_lines_are_taken_as_they_are():
     lines = ("Roof: A man [x]. he", "2", ["a", "b", "c", "d"])
     assert hellaswag.question_from_lines(*lines, "lm-eval").context == "Roof: A man [x]. he"
+    twice = ("Roof: A man: he", "0", ["a"])
+    apart = hellaswag.question_from_lines(*twice, "fastertransformer")
+    assert apart.context == "Roof:A man: he"  # the colon of the label alone
     apart = hellaswag.question_from_lines(*lines, "fastertransformer")
     assert apart.context == "Roof:A man [x]. he" and apart.gold == 2

@@ -173,7 +173,8 @@ def test_a_fault_ends_all_and_resume_completes(
 
 
 def test_interrupting_the_launcher_leaves_nobody(tmp_path):
-    process = start(3, *demo("--samples", tmp_path / "s.jsonl"), start_new_session=True)
+    slow = ["--limit", "400", "--micro-batch-tokens", "100", "--samples", tmp_path / "s.jsonl"]
+    process = start(3, *demo(*slow), start_new_session=True)
     time.sleep(3)
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)

@@ -3,13 +3,14 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cupyllama.errors import OutputError
 from cupyllama.files import check_writable, write_json, write_json_lines
-from cupyllama.report import Answers
+from cupyllama.report import Answers, Metric, Report
 from cupyllama.tasks.question import Question
 
 QUESTIONS = [
@@ -56,6 +57,59 @@ def test_samples():
         "pred": 0,
         "pred_norm": 1,
     }
+
+
+def test_pred_norm_is_the_pick_per_character():
+    """Over a question whose pick is another one per token, and another one per byte."""
+    one = Answers(
+        [Question("a", ("xx", "yyyy", "éé"), 1)],
+        choice_start=np.array([0, 3]),
+        loglikelihoods=np.array([-4.0, -6.0, -3.1]),
+        is_greedy=np.ones(3, bool),
+        num_tokens=np.array([8, 2, 1]),
+    )
+    picks = {name: int(pick[0]) for name, pick in one.picks.items()}
+    # -2, -1.5, -1.55 per character; -2, -1.5, -0.775 per byte; -0.5, -3, -3.1 per token
+    assert picks == {"acc": 2, "acc_norm": 1, "acc_bytes": 2, "acc_tokens": 0}
+    (sample,) = one.samples()
+    assert (sample["pred"], sample["pred_norm"]) == (2, 1)
+
+
+def test_the_report_says_each_number_under_its_own_name():
+    report = Report(
+        task="t",
+        metrics={"acc": Metric(0.25, 0.05), "acc_norm": Metric(0.5, math.nan)},
+        headline="acc_norm",
+        questions=30,
+        questions_in_file=100,
+        tokens_asked=9000,
+        tokens_computed=4000,
+        truncated_rows=3,
+        seconds={"loading": 2.0, "preparing": 3.0, "evaluating": 5.0},
+        total_seconds=60.0,
+        settings={"model": "m", "convention": "c", "bos": True, "dtype": "d", "device": "p"},
+        digests={"model": "x"},
+        versions={"python": "3"},
+        date=123.0,
+        ranks=[SimpleNamespace(busy=0.75, place="host/cpu", as_json=dict)],
+    )
+    found = report.as_json()
+    assert found["n-samples"] == {"t": {"original": 100, "effective": 30}}
+    assert found["results"]["t"] == {
+        "alias": "t",
+        "acc,none": 0.25,
+        "acc_stderr,none": 0.05,
+        "acc_norm,none": 0.5,
+        "acc_norm_stderr,none": None,
+    }
+    extra = found["cupyllama"]
+    assert extra["questions_per_second"] == 6.0  # of the five seconds of evaluation
+    assert (extra["tokens_asked"], extra["tokens_computed"]) == (9000, 4000)
+    assert (extra["headline"], extra["truncated_rows"]) == ("acc_norm", 3)
+    assert float(found["total_evaluation_time_seconds"]) == 60.0
+    text = report.as_text()
+    for part in ("t: 30 questions", "* acc_norm", "  acc  ", "6.0 questions/s", "2.25 times"):
+        assert part in text
 
 
 def test_files_are_replaced_whole(tmp_path):

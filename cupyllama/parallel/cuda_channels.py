@@ -33,6 +33,8 @@ class DeviceTurn:
         self._file = open(path, "rb")
 
     def __enter__(self) -> None:
+        # What is computed next is there before others are kept waiting: it may need their turns.
+        cupy.cuda.get_current_stream().synchronize()
         fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def __exit__(self, *error: object) -> None:

@@ -44,11 +44,12 @@ class Device:
         return dtype != "bfloat16" or self.kind == "cpu" or self.compute_capability >= 80
 
 
-def choose_device(kind: str, local_rank: int = 0) -> tuple[Device, str]:
+def choose_device(kind: str, local_rank: int = 0, local_size: int = 1) -> tuple[Device, str]:
     """The device for `--device auto|cuda|cpu`, and why `auto` took the CPU, if it did.
 
-    The ranks of a host take its visible GPUs in turn. A launcher that shows each of its processes
-    one GPU (CUDA_VISIBLE_DEVICES) has chosen already.
+    The ranks of a host take its visible GPUs in order; where there are fewer GPUs than ranks,
+    neighbours share one. A launcher that shows each of its processes one GPU
+    (CUDA_VISIBLE_DEVICES) has chosen already.
 
     Raises:
         DeviceError: cuda is asked for and cannot be had.
@@ -57,7 +58,7 @@ def choose_device(kind: str, local_rank: int = 0) -> tuple[Device, str]:
         return _cpu(), ""
     reason = why_no_cuda()
     if not reason:
-        return _cuda(local_rank), ""
+        return _cuda(local_rank, local_size), ""
     if kind == "cuda":
         raise DeviceError(f"no usable GPU: {reason}", "`cupyllama doctor` says what is missing.")
     return _cpu(), reason
@@ -86,12 +87,17 @@ def _cpu() -> Device:
     return Device("cpu", _processor_name(), reference, place=f"{platform.node()}/cpu")
 
 
-def _cuda(local_rank: int) -> Device:
+def gpu_of_rank(local_rank: int, local_size: int, gpus: int) -> int:
+    """Which of the visible GPUs a rank takes."""
+    return local_rank if local_size <= gpus else local_rank * gpus // local_size
+
+
+def _cuda(local_rank: int, local_size: int) -> Device:
     import cupy
 
     from cupyllama.ops import cuda
 
-    number = local_rank % cupy.cuda.runtime.getDeviceCount()
+    number = gpu_of_rank(local_rank, local_size, cupy.cuda.runtime.getDeviceCount())
     properties = cupy.cuda.runtime.getDeviceProperties(number)
     capability = 10 * properties["major"] + properties["minor"]
     place = f"{platform.node()}/{cupy.cuda.runtime.deviceGetPCIBusId(number)}"

@@ -82,8 +82,8 @@ def connect(
     """
     places = world.allgather(device.place)
     line = Line(stage)
-    if device.kind == "cuda" and places.count(device.place) > 1:
-        line.turn = _shared_turn(world, places.index(device.place))
+    if device.kind == "cuda" and len(set(places)) < len(places):
+        line.turn = _shared_turn(world, places)
     tokens = [len(batch.token_ids) for _, batch in grid.share(batches)]
     tokens = 2 * tokens[:1] + tokens  # two more at first, to measure the link
     shape = (max(tokens, default=0), config.hidden_size, dtype)
@@ -123,11 +123,11 @@ def _measure_link(
     return seconds
 
 
-def _shared_turn(world: World, owner: int) -> Any:
-    """The lock of the ranks on this GPU; the first of them, `owner`, makes its file."""
+def _shared_turn(world: World, places: list[str]) -> Any:
+    """The lock of the ranks on this rank's GPU. All ranks call it, those alone on theirs too."""
     from cupyllama.parallel.cuda_channels import DeviceTurn
 
-    path = None
+    owner, path = places.index(places[world.rank]), None
     if world.rank == owner:
         file, path = tempfile.mkstemp(prefix="cupyllama-")
         os.close(file)

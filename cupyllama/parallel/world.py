@@ -48,6 +48,7 @@ class World:
     rank = 0
     size = 1
     local_rank = 0  # among the processes of this host
+    local_size = 1
 
     def allgather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
@@ -76,7 +77,7 @@ class MPIWorld(World):
         self.comm = comm
         self.rank, self.size = comm.rank, comm.size
         local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.local_rank = local.rank
+        self.local_rank, self.local_size = local.rank, local.size
         self._watch = _Watch(local, comm.rank, self._peer_died)
         signal.signal(signal.SIGTERM, self._terminated)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from cupyllama.errors import DataError, ModelError
 from cupyllama.packing import TokenRow, common_prefix_length
-from cupyllama.tasks.question import Question
+from cupyllama.tasks.question import Question, shortened
 from cupyllama.tokenizer import Tokenizer, can_split
 
 
@@ -93,15 +93,19 @@ def token_rows(
         elif convention.name == "lm-eval":  # which goes on from the context's own tokens
             bodies = [contexts[number] + body[context_length:] for body in bodies]
         context_prefix = prefix
-        if context_length == 0 and not bos:  # something has to predict the first token
-            context_prefix = [_start_token(tokenizer)]
+        if context_length == 0:  # with BOS or without, something has to predict the first token
+            context_prefix = [_start_token(tokenizer, _named(number, question))]
         for choice, body in enumerate(bodies):
             token_ids = context_prefix + body
             targets = len(body) - context_length
             if not 1 <= targets <= max_length:
                 raise DataError(
-                    f"question {number}, choice {choice}: has {targets} tokens of its own, and "
-                    f"1 to {max_length} can be scored: {question.choices[choice]!r}"
+                    f"{_named(number, question)}, choice {choice}: has {targets} tokens of its "
+                    f"own, and 1 to {max_length} can be scored: "
+                    f"{shortened(question.choices[choice])}",
+                    "Shorten the choice, or leave the question out."
+                    if targets
+                    else "Is it part of the context already? Leave the question out.",
                 )
             if len(token_ids) - 1 > max_length:
                 token_ids = token_ids[-(max_length + 1) :]
@@ -155,7 +159,14 @@ def _common_prefix(bodies: Sequence[list[int]]) -> int:
     return min(shared, min(len(body) for body in bodies) - 1)
 
 
-def _start_token(tokenizer: Tokenizer) -> int:
+def _start_token(tokenizer: Tokenizer, name: str) -> int:
     if tokenizer.bos_token_id is None:
-        raise DataError("an empty context needs a BOS token, and the tokenizer has none")
+        raise DataError(
+            f"{name}: an empty context needs a BOS token, and {tokenizer.path} has none",
+            "Give the question a context.",
+        )
     return tokenizer.bos_token_id
+
+
+def _named(number: int, question: Question) -> str:
+    return f"question {number}" + (f" ({question.place})" if question.place else "")

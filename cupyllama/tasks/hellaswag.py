@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from cupyllama.tasks.question import Question
+from cupyllama.tasks.question import Question, shortened
 
 NAME = "hellaswag"
 DATASET = "Rowan/hellaswag"
@@ -26,18 +26,19 @@ def question(record: dict[str, Any], convention: str) -> Question:
     """One record with `activity_label`, `ctx_a`, `ctx_b`, `endings` and `label` as a question.
 
     lm-eval joins ctx_a and the capitalised ctx_b; the FasterTransformer fork takes `ctx` as it is
-    and, cleaning ": " by itself, loses the space after the colon.
+    and, cleaning ": " by itself, loses the space after the colon. A record without ctx_a and ctx_b
+    is refused by lm-eval, and here: its `ctx` does not say which word to capitalise.
 
     Raises:
         KeyError, TypeError, ValueError: a field is missing or of the wrong kind.
     """
     label = _text(record, "activity_label")
     if convention == "fastertransformer":
-        context = record["ctx"] if "ctx" in record else _joined(record)
+        context = _text(record, "ctx") if "ctx" in record else _joined(record)
         context = clean(label) + clean(": ") + clean(context)
     else:
-        ctx_b = _text(record, "ctx_b").capitalize()
-        context = clean(f"{label}: {_text(record, 'ctx_a')} {ctx_b}")
+        ctx_a, ctx_b = _text(record, "ctx_a"), _text(record, "ctx_b").capitalize()
+        context = clean(f"{label}: {ctx_a} {ctx_b}")
     endings = record["endings"]
     if not isinstance(endings, list) or not all(isinstance(e, str) for e in endings):
         raise TypeError("endings is not a list of texts")
@@ -68,9 +69,9 @@ def _text(record: dict[str, Any], key: str) -> str:
 def _label(value: Any) -> int:
     """Labels are numbers, or numbers in quotes as Hugging Face's copy has them."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise TypeError(f"label is {value!r}, not a number")
+        raise TypeError(f"label is {shortened(value)}, not a number")
     try:
         return int(value)
     except ValueError:
         hint = " (the test split has no labels)" if value == "" else ""
-        raise ValueError(f"label is {value!r}, not a number{hint}") from None
+        raise ValueError(f"label is {shortened(value)}, not a number{hint}") from None

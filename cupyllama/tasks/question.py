@@ -1,6 +1,7 @@
 """One multiple-choice question."""
 
-from dataclasses import dataclass
+import reprlib
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -10,3 +11,11 @@ class Question:
     context: str
     choices: tuple[str, ...]
     gold: int  # index of the right choice
+    place: str = field(default="", compare=False)  # file and line, for messages
+
+
+def shortened(value: object) -> str:
+    """`value` as a message can show it, in some 60 characters at most."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
+    return short.repr(value)

@@ -1,0 +1,221 @@
+"""The reference operations against the formulas of their papers, in float64, a token at a time.
+
+Sizes are odd on purpose, and reach over the pieces that the work is cut into.
+"""
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cupyllama.ops import reference
+from cupyllama.packing import TokenRow, pack
+
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+# What one rounding of the result costs, and for float32 the sums too.
+TOLERANCE = {np.float32: 2e-5, np.float16: 2**-10, ml_dtypes.bfloat16: 2**-7}
+
+
+@pytest.fixture
+def rng():
+    rng = np.random.default_rng()
+    print("seed", rng.bit_generator.seed_seq.entropy)
+    return rng
+
+
+def random(rng, *shape, dtype=np.float32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def assert_equal(found, expected, dtype=np.float32):
+    """Within what is due to rounding, of values that are around 1."""
+    assert found.dtype == dtype
+    tolerance = TOLERANCE[dtype]
+    np.testing.assert_allclose(found.astype(np.float64), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "vocab", "hidden"), [(1, 3, 5), (7, 11, 33), (131, 2, 64)])
+def test_embedding(rng, tokens, vocab, hidden, dtype):
+    weight = random(rng, vocab, hidden, dtype=dtype)
+    ids = rng.integers(0, vocab, tokens).astype(np.int32)
+    found = reference.embedding(ids, weight)
+    for token in range(tokens):
+        np.testing.assert_array_equal(found[token], weight[int(ids[token])])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (1, 33), (7, 96), (130, 257)])
+def test_rmsnorm(rng, tokens, hidden, dtype):
+    # small values: eps is not lost beside the mean square
+    x = (0.01 * random(rng, tokens, hidden)).astype(dtype)
+    weight = random(rng, hidden, dtype=dtype)
+    eps = 1e-4
+    expected = np.empty((tokens, hidden))
+    for token in range(tokens):
+        values = [float(value) for value in x[token]]
+        root = math.sqrt(math.fsum(value * value for value in values) / hidden + eps)
+        expected[token] = [v / root * float(w) for v, w in zip(values, weight, strict=True)]
+    assert_equal(reference.rmsnorm(x, weight, eps), expected, dtype)
+    rows = rng.integers(0, tokens, 5).astype(np.int32)
+    assert_equal(reference.rmsnorm(x, weight, eps, rows), expected[rows], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "columns", "rows"),
+    [(1, 1, 1), (1, 33, 7), (127, 5, 3), (128, 65, 9), (129, 64, 31), (300, 7, 130)],
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_linear(rng, tokens, columns, rows, with_bias, with_residual, dtype):
+    x = random(rng, tokens, columns, dtype=dtype)
+    weight = (random(rng, rows, columns) / math.sqrt(columns)).astype(dtype)
+    bias = random(rng, rows, dtype=dtype) if with_bias else None
+    residual = random(rng, tokens, rows, dtype=dtype) if with_residual else None
+    expected = np.einsum("ti,oi->to", x.astype(float), weight.astype(float))
+    if with_bias:
+        expected += bias.astype(float)
+    if with_residual:
+        expected += residual.astype(float)
+    wide = reference.linear(
+        x, weight, bias, None if residual is None else residual.copy(), np.float32
+    )
+    assert_equal(wide, expected)
+    assert_equal(reference.linear(x, weight, bias, residual), expected, dtype)
+
+
+HEADS = [  # heads, key-value heads, head_dim
+    (1, 1, 32),
+    (3, 1, 34),
+    (4, 2, 64),
+    (6, 3, 100),
+    (5, 5, 128),
+    (8, 1, 256),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_rope(rng, heads, kv_heads, head_dim, tokens, dtype):
+    qkv = random(rng, tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    positions = rng.integers(0, 50, tokens).astype(np.int32)
+    half = head_dim // 2
+    angles = np.arange(50)[:, None] * 10000.0 ** -(np.arange(half) / half)
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    expected = qkv.astype(float)
+    for token in range(tokens):
+        for head in range(heads + kv_heads):  # the values are left alone
+            for i in range(half):
+                first, second = head * head_dim + i, head * head_dim + i + half
+                turn = complex(math.cos(angles[positions[token], i]), 0)
+                turn += 1j * math.sin(angles[positions[token], i])
+                pair = complex(float(qkv[token, first]), float(qkv[token, second])) * turn
+                expected[token, first], expected[token, second] = pair.real, pair.imag
+    values = qkv[:, (heads + kv_heads) * head_dim :].copy()
+    found = reference.rope(qkv, positions, cos, sin, heads, kv_heads)
+    assert found is qkv
+    assert_equal(found, expected, dtype)
+    np.testing.assert_array_equal(found[:, (heads + kv_heads) * head_dim :], values)
+
+
+def packed_rows(rng):
+    """Rows that share prefixes, of 1 to 40 tokens fed."""
+    rows = []
+    for _ in range(4):
+        context = rng.integers(0, 5, rng.integers(1, 30)).tolist()
+        for _ in range(3):
+            ending = rng.integers(0, 5, rng.integers(1, 12)).tolist()
+            rows.append(TokenRow(context + ending, len(context), len(rows)))
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+def test_attention(rng, heads, kv_heads, head_dim, pad, dtype):
+    (batch,) = pack(packed_rows(rng), 512, pad=pad)
+    tokens = len(batch.token_ids)
+    qkv = random(rng, tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    found = reference.attention(qkv, batch, heads, kv_heads)
+    assert found.shape == (tokens, heads * head_dim)
+    wide = qkv.astype(float).reshape(tokens, heads + 2 * kv_heads, head_dim)
+    expected = np.empty((tokens, heads, head_dim))
+    for segment in range(len(batch.segment_start) - 1):
+        first, last = (int(at) for at in batch.segment_start[segment : segment + 2])
+        places = batch.key_index[batch.key_start[segment] : batch.key_start[segment + 1]]
+        for i in range(last - first):
+            seen = places[: len(places) - (last - first) + i + 1]
+            for head in range(heads):
+                shared = head // (heads // kv_heads)  # neighbouring heads share keys and values
+                keys, values = wide[seen, heads + shared], wide[seen, heads + kv_heads + shared]
+                scores = keys @ wide[first + i, head] / math.sqrt(head_dim)
+                weights = np.exp(scores - scores.max())
+                expected[first + i, head] = weights @ values / weights.sum()
+    assert_equal(found, expected.reshape(tokens, -1), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "inner"), [(1, 1), (7, 33), (130, 137)])
+def test_swiglu(rng, tokens, inner, dtype):
+    gate_up = random(rng, tokens, 2 * inner, dtype=dtype)
+    gate_up[0, 0] = -1000  # exp(1000) is infinite, and silu(-1000) is 0
+    gate_up[-1, inner - 1] = 100
+    expected = np.empty((tokens, inner))
+    for token in range(tokens):
+        for i in range(inner):
+            gate, up = float(gate_up[token, i]), float(gate_up[token, inner + i])
+            sigmoid = 1 / (1 + math.exp(-gate)) if gate > -700 else 0.0
+            expected[token, i] = gate * sigmoid * up
+    assert_equal(reference.swiglu(gate_up), expected, dtype)
+
+
+def log_probs(logits, targets):
+    """`targets`: a list of tokens for each row. Returns log-probabilities and greedy flags."""
+    start = np.concatenate([[0], np.cumsum([len(row) for row in targets])]).astype(np.int32)
+    token = np.array([token for row in targets for token in row], np.int32)
+    out = np.full((2, len(token)), 7, np.float32)
+    reference.log_probs(np.asarray(logits, np.float32), start, token, out)
+    return out
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 2), (5, 331), (67, 1000)])
+def test_log_probs(rng, rows, vocab):
+    logits = 5 * random(rng, rows, vocab)
+    logits[0] += 1e4  # whose exponential is infinite
+    targets = [rng.integers(0, vocab, rng.integers(0, 4)).tolist() for _ in range(rows)]
+    targets[-1] = [int(logits[-1].argmax()), 0]
+    out = log_probs(logits, targets)
+    expected = []
+    for row, tokens in zip(logits.astype(float), targets, strict=True):
+        log_sum = row.max() + math.log(math.fsum(np.exp(row - row.max())))
+        likely = max(range(vocab), key=lambda token, row=row: row[token])  # the first of equals
+        expected += [(row[token] - log_sum, token == likely) for token in tokens]
+    # float32 holds 10,000 to 1e-3
+    atol = np.repeat([2e-3, *[2e-5] * (rows - 1)], [len(row) for row in targets])
+    assert (np.abs(out[0] - [value for value, _ in expected]) <= atol).all()
+    assert out[1].tolist() == [flag for _, flag in expected]
+
+
+def test_the_lowest_token_wins_a_tie():
+    out = log_probs([[1.0, 3.0, 3.0, 0.0]], [[2, 1, 1, 0]])
+    assert out[1].tolist() == [0, 1, 1, 0]
+    assert out[0, 0] == out[0, 1]
+
+
+def test_a_logit_that_is_no_number_reaches_every_target_of_its_row_and_no_other():
+    logits = [[0.0, 1.0, 2.0], [0.0, math.nan, 2.0], [2.0, 1.0, 0.0]]
+    out = log_probs(logits, [[0, 2], [0, 1, 2], [1]])
+    assert np.isnan(out[0]).tolist() == [False, False, True, True, True, False]
+    assert out[1, 1] == 1 and out[1, 5] == 0
+
+
+def test_targets_of_other_rows_are_not_touched():
+    """A chunk of the logits writes its own columns alone."""
+    out = np.full((2, 6), 7, np.float32)
+    start, token = np.array([2, 3, 5], np.int32), np.array([9, 9, 0, 1, 0, 9], np.int32)
+    reference.log_probs(np.zeros((2, 2), np.float32), start, token, out)
+    np.testing.assert_allclose(out[0], [7, 7, *[-math.log(2)] * 3, 7], rtol=1e-6)
+    assert out[1].tolist() == [7, 7, 1, 0, 1, 7]
