@@ -25,7 +25,7 @@ from cupyllama.config import ModelConfig
 from cupyllama.errors import ModelError
 from cupyllama.model.llama import LayerWeights, StageWeights
 
-THREADS = 12
+THREADS = 14
 # Small enough that what a thread has just read is still in a cache when the device fetches it.
 PIECE_BYTES = 4 << 20
 BUFFERS = 2  # of a piece each, for every thread that copies to a device

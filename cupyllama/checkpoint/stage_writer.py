@@ -1,10 +1,13 @@
-"""One stage file, streamed: read, convert, hash and write at once, in a few fixed buffers."""
+"""One stage file, streamed: what keeps its dtype is copied by the kernel, from file to file; the
+rest is read, converted and written in a few fixed buffers. All of it is hashed meanwhile.
+"""
 
+import errno
 import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -13,13 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from cupyllama.checkpoint.llama import Field
-from cupyllama.checkpoint.source import DTYPES, Checkpoint
-from cupyllama.errors import OutputError
+from cupyllama.checkpoint.source import DTYPES, INCOMPLETE, Checkpoint, StoredTensor
+from cupyllama.errors import ModelError, OutputError
 
 CHUNK_BYTES = 1 << 20  # small enough to be hashed and written out of a cache
 _BUFFERS = 16
 _ALIGNMENT = 4096  # of the data section: a page, and what direct I/O asks for
 _FLUSH_BYTES = 256 << 20  # written between two requests to flush
+_COPY_BYTES = 64 << 20  # of a file copied to a file between two signs of progress
+# A kernel or a file system that cannot copy from file to file.
+_CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,14 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
 
 
 def _copy_array(checkpoint: Checkpoint, array: PlannedArray, pump: "_Pump") -> None:
-    """Send the rows of each part in turn, as many as a buffer holds."""
+    """Send each part in turn: as it lies in its file, or as many rows as a buffer holds."""
     dtype = DTYPES[array.dtype]
     for name, shape in zip(array.field.parts, array.field.shapes, strict=True):
+        stored = checkpoint.locate(name)
+        if stored is not None and stored.dtype == array.dtype:
+            pump.copy(stored)
+            checkpoint.count_bytes(stored.nbytes)
+            continue
         row = prod(shape[1:]) * dtype.itemsize
         step = pump.size // row
         for first in range(0, shape[0], step):
@@ -134,7 +145,8 @@ class _Pump:
         self.size = size
         self._file, self._path, self._on_bytes = file, path, on_bytes
         self._free = [np.empty(size, np.uint8) for _ in range(_BUFFERS)]
-        self._busy: deque[tuple[np.ndarray, int, list[Future]]] = deque()
+        self._busy: deque[tuple[np.ndarray | None, int, list[Future]]] = deque()
+        self._sources: dict[Path, int] = {}  # descriptors
         self._sha = hashlib.sha256()
         self._threads = [ThreadPoolExecutor(1) for _ in range(3)]
         self._flushing: Future | None = None
@@ -147,10 +159,12 @@ class _Pump:
     def __exit__(self, *_) -> None:
         for thread in self._threads:
             thread.shutdown(wait=True, cancel_futures=True)
+        for descriptor in self._sources.values():
+            os.close(descriptor)
 
     def buffer(self, nbytes: int) -> np.ndarray:
         """(nbytes,) uint8 to be filled, then sent."""
-        if not self._free:
+        while not self._free:
             self._reap()
         return self._free[-1][:nbytes]
 
@@ -161,6 +175,22 @@ class _Pump:
         hasher, writer, _ = self._threads
         jobs = [writer.submit(self._write, view), hasher.submit(self._sha.update, view)]
         self._busy.append((buffer, nbytes, jobs))
+
+    def copy(self, stored: StoredTensor) -> None:
+        """Hash and write the bytes of a tensor as they lie in its file."""
+        if stored.path not in self._sources:
+            try:
+                self._sources[stored.path] = os.open(stored.path, os.O_RDONLY)
+            except OSError as error:
+                raise ModelError(f"{stored.path}: {error.strerror}") from error
+        source = self._sources[stored.path]
+        hasher, writer, _ = self._threads
+        for begin in range(0, stored.nbytes, _COPY_BYTES):
+            job = (stored, source, begin, min(_COPY_BYTES, stored.nbytes - begin))
+            jobs = [writer.submit(self._write_from, *job), hasher.submit(self._hash_from, *job)]
+            self._busy.append((None, job[-1], jobs))
+            if len(self._busy) > _BUFFERS:
+                self._reap()
 
     def finish(self) -> tuple[int, str]:
         """Size and SHA-256 of all that was sent, once it is written."""
@@ -174,7 +204,8 @@ class _Pump:
         buffer, nbytes, jobs = self._busy.popleft()
         for job in jobs:
             job.result()
-        self._free.append(buffer)
+        if buffer is not None:
+            self._free.append(buffer)
         self._sent += nbytes
         self._on_bytes(nbytes)
         self._unflushed += nbytes
@@ -187,3 +218,33 @@ class _Pump:
     def _write(self, view: memoryview) -> None:
         while view:
             view = view[self._file.write(view) :]
+
+    def _write_from(self, stored: StoredTensor, source: int, begin: int, nbytes: int) -> None:
+        offset, end = stored.offset + begin, stored.offset + begin + nbytes
+        try:
+            while offset < end:
+                count = os.copy_file_range(source, self._file.fileno(), end - offset, offset)
+                if not count:
+                    raise ModelError(f"{stored.path}: ends inside {stored.name}", INCOMPLETE)
+                offset += count
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _CANNOT_COPY:
+                raise
+            for piece in _pieces(stored, source, offset, end):
+                self._write(piece)
+
+    def _hash_from(self, stored: StoredTensor, source: int, begin: int, nbytes: int) -> None:
+        offset = stored.offset + begin
+        for piece in _pieces(stored, source, offset, offset + nbytes):
+            self._sha.update(piece)
+
+
+def _pieces(stored: StoredTensor, source: int, offset: int, end: int) -> Iterator[memoryview]:
+    """The bytes of a file from `offset` to `end`, each piece until the next is asked for."""
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, end - offset)))
+    while offset < end:
+        count = os.preadv(source, [buffer[: end - offset]], offset)
+        if not count:
+            raise ModelError(f"{stored.path}: ends inside {stored.name}", INCOMPLETE)
+        offset += count
+        yield buffer[:count]

@@ -325,7 +325,8 @@ def test_attention_over_many_tiles(rng, heads):
     qkv = normal(rng, (70_000, 3 * heads * 32), np.float16)
     for attention in attentions(qkv.dtype):
         out = attention(cuda.to_device(qkv), cuda.upload(batch), heads, heads)
-        assert_same_bits(out, np.ascontiguousarray(qkv[:, 2 * heads * 32 :]))
+        # equal, but not in the sign of a zero: -0 added to what a tile has of zeros is 0
+        np.testing.assert_array_equal(host(out), qkv[:, 2 * heads * 32 :])
 
 
 def test_attention_ignores_other_segments(rng):
