@@ -13,7 +13,8 @@ from cupyllama.parallel.simulate import simulate
 from cupyllama.sizing import DEFAULT_TOKENS, activation_bytes
 
 if TYPE_CHECKING:
-    from cupyllama.score import Questions, ScoreOptions
+    from cupyllama.questions import Questions
+    from cupyllama.score import ScoreOptions
 
 
 def describe_plan(

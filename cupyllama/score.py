@@ -11,7 +11,7 @@ import numpy as np
 from cupyllama.background import BackgroundLoad
 from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.checkpoint.stages import split_layers
-from cupyllama.config import ModelConfig, load_config
+from cupyllama.config import load_config
 from cupyllama.errors import DataError, ModelError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
 from cupyllama.files import check_writable, is_special, write_json, write_json_lines
@@ -22,13 +22,12 @@ from cupyllama.parallel.devices import choose_device, choose_dtype, storage_dtyp
 from cupyllama.parallel.pipeline import make_grid
 from cupyllama.parallel.world import World, open_world
 from cupyllama.plan import describe_plan
+from cupyllama.progress import ProgressBar
 from cupyllama.provenance import digests, versions
+from cupyllama.questions import read_questions
 from cupyllama.report import Answers, RankReport, Report
 from cupyllama.sizing import micro_batch_tokens
-from cupyllama.tasks.conventions import CONVENTIONS, TokenRows, token_rows
-from cupyllama.tasks.files import Task, first_questions, load_task
-from cupyllama.tasks.question import Question
-from cupyllama.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from cupyllama.tasks.conventions import CONVENTIONS
 from cupyllama.trace import Span, busy_seconds, write_trace
 
 
@@ -54,17 +53,6 @@ class ScoreOptions:
     trace: Path | None = None
     dry_run: bool = False
     quiet: bool = False
-
-
-@dataclass(frozen=True)
-class Questions:
-    """Everything about the questions that a device need not know."""
-
-    task: Task
-    asked: list[Question]
-    tokenizer: Tokenizer
-    bos: bool
-    rows: TokenRows
 
 
 def score(options: ScoreOptions) -> Report | None:
@@ -365,52 +353,3 @@ class Run:
             self.load.cancel()
         if self.journal is not None:
             self.journal.close()
-
-
-def read_questions(options: ScoreOptions, config: ModelConfig) -> Questions:
-    """Questions to token rows."""
-    convention = CONVENTIONS[options.convention]
-    tokenizer = load_tokenizer(options.model, options.tokenizer)
-    check_vocabulary(tokenizer, config.vocab_size, options.model)
-    task = load_task(options.data, options.convention, options.task)
-    asked = first_questions(task.questions, options.limit)
-    bos = options.bos if options.bos is not None else convention.bos
-    bos = tokenizer.adds_bos if bos is None else bos
-    return Questions(
-        task,
-        asked,
-        tokenizer,
-        bos,
-        token_rows(asked, tokenizer, convention, bos, config.max_length),
-    )
-
-
-class ProgressBar:
-    """Counts the questions whose choices are all done."""
-
-    def __init__(self, choice_start: np.ndarray, done: np.ndarray, visible: bool):
-        counts = np.diff(choice_start)
-        self._question = np.repeat(np.arange(len(counts)), counts)  # of each choice
-        self._waiting = np.bincount(self._question, ~done, len(counts)).astype(int)
-        self._visible = visible
-
-    def __enter__(self) -> "ProgressBar":
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=len(self._waiting),
-            initial=int((self._waiting == 0).sum()),
-            unit="question",
-            desc="scoring",
-            disable=None if self._visible else True,  # None: on a terminal only
-            smoothing=0.1,
-        )
-        return self
-
-    def advance(self, choices: np.ndarray) -> None:
-        """These choices are done."""
-        np.subtract.at(self._waiting, self._question[choices], 1)
-        self._bar.update(int((self._waiting == 0).sum()) - self._bar.n)
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.close()

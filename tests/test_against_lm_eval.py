@@ -12,7 +12,8 @@ from tiny_models import write_tiny_model
 
 from cupyllama.cli import cli
 from cupyllama.config import load_config
-from cupyllama.score import ScoreOptions, read_questions
+from cupyllama.questions import read_questions
+from cupyllama.score import ScoreOptions
 from cupyllama.tasks.files import demo_directory
 
 DATA = Path(__file__).parent / "data"

@@ -1,6 +1,5 @@
 """Micro-batches against the rows they were made from, read back by other means."""
 
-import time
 
 import numpy as np
 import pytest
@@ -111,18 +110,15 @@ def test_targets_of_one_place_are_in_the_order_of_the_rows():
 
 
 def test_all_of_hellaswag(real_data):
-    """Half the tokens, padding counted, in five seconds of one core."""
-    begin = time.process_time()
+    """Half the tokens, padding counted. What it takes, bench/host_work.py measures."""
     task = load_task(real_data / "hellaswag_val_full.txt.bz2", "lm-eval")
     tokenizer = load_tokenizer(real_data, real_data / "llama_tokenizer.model")
     made = token_rows(task.questions, tokenizer, CONVENTIONS["lm-eval"], True, 2048)
     batches = list(pack(made.rows, DEFAULT_TOKENS, 1024))
-    seconds = time.process_time() - begin
     assert len(task.questions) == 10042 and len(made.rows) == 40168
     computed = sum(len(batch.token_ids) for batch in batches)
     assert computed == DEFAULT_TOKENS * len(batches)
     assert made.tokens_asked >= 2.0 * computed
-    assert seconds < 5
 
 
 def test_a_row_that_fits_no_micro_batch_is_refused():
