@@ -1,6 +1,5 @@
 """Micro-batches against the rows they were made from, read back by other means."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
