@@ -56,7 +56,7 @@ def choose_device(kind: str, local_rank: int = 0, local_size: int = 1) -> tuple[
     """
     if kind == "cpu":
         return _cpu(), ""
-    reason = why_no_cuda()
+    reason = why_no_cuda(local_rank, local_size)
     if not reason:
         return _cuda(local_rank, local_size), ""
     if kind == "cuda":
@@ -64,17 +64,20 @@ def choose_device(kind: str, local_rank: int = 0, local_size: int = 1) -> tuple[
     return _cpu(), reason
 
 
-def why_no_cuda() -> str:
-    """What keeps CuPy from a GPU, or an empty string."""
+def why_no_cuda(local_rank: int = 0, local_size: int = 1) -> str:
+    """What keeps CuPy from this rank's GPU, or an empty string."""
     try:
         import cupy
     except ImportError:
         return "CuPy is not installed"
     try:
-        if cupy.cuda.runtime.getDeviceCount() == 0:
+        gpus = cupy.cuda.runtime.getDeviceCount()
+        if gpus == 0:
             return "CUDA sees no GPU"
         from cupyllama.ops import cuda
 
+        # On the rank's own GPU: a context of every rank on the first one would cost memory there.
+        cupy.cuda.Device(gpu_of_rank(local_rank, local_size, gpus)).use()
         cuda.check_libraries()
     except Exception as error:  # a missing driver or library: CUDARuntimeError, ImportError, …
         return str(error).strip().split("\n")[0] or type(error).__name__
