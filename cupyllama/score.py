@@ -12,7 +12,7 @@ from cupyllama.background import BackgroundLoad
 from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.checkpoint.stages import split_layers
 from cupyllama.config import load_config
-from cupyllama.errors import DataError, ModelError
+from cupyllama.errors import DataError, DeviceError, ModelError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
 from cupyllama.files import check_writable, is_special, write_json, write_json_lines
 from cupyllama.journal import Journal
@@ -200,15 +200,21 @@ class Run:
         """Leave out what is known, and open the channels to the neighbours."""
         self.scores.done = self.world.allgather(self.scores.done)[0]
         self.batches = self.scores.missing(self.batches)
-        self.line = pipeline.connect(
-            self.world,
-            self.grid,
-            self.stage,
-            self.device,
-            self.batches,
-            self.config,
-            storage_dtype(self.dtype),
-        )
+        try:
+            self.line = pipeline.connect(
+                self.world,
+                self.grid,
+                self.stage,
+                self.device,
+                self.batches,
+                self.config,
+                storage_dtype(self.dtype),
+            )
+        except MemoryError as error:
+            raise DeviceError(
+                f"no memory for what ranks pass on with micro-batches of {self.size} tokens",
+                "Give a smaller --micro-batch-tokens.",
+            ) from error
 
     def evaluate(self) -> Report | None:
         """Score what is missing; on rank 0, write and return the report."""

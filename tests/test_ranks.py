@@ -84,6 +84,16 @@ def test_worlds_give_the_same_bits(ranks, replicas, alone, tmp_path):
     assert not samples.with_name("samples.jsonl.partial").exists()
 
 
+def test_a_replica_may_have_nothing_to_do(tmp_path):
+    """One micro-batch for two replicas."""
+    few = ["--limit", "5", "--micro-batch-tokens", "4096", "--samples"]
+    first = mpirun(1, *demo(*few, tmp_path / "1.jsonl"))
+    assert first.returncode == 0, first.stderr
+    second = mpirun(4, *demo(*few, tmp_path / "4.jsonl", "--replicas", "2"))
+    assert second.returncode == 0, second.stderr
+    assert (tmp_path / "4.jsonl").read_text() == (tmp_path / "1.jsonl").read_text()
+
+
 def test_sharded_checkpoints_give_the_same_bits(alone, tmp_path):
     """Made for three stages, scored on two and on four."""
     from click.testing import CliRunner

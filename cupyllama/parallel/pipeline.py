@@ -106,9 +106,13 @@ def _measure_link(
     This is also the message at which NCCL connects, so it is sent twice, and the second counts.
     """
     ops, seconds = line.stage.ops, None
-    for _ in range(2 if tokens else 0):
+    if world.size == 1:
+        return None
+    for _ in range(2):
+        world.allgather(None)  # of all ranks, those of a replica without micro-batches too
+        if not tokens:
+            continue
         hidden = ops.empty((tokens[0], hidden_size), dtype)
-        world.allgather(None)
         clock = ops.Clock()
         begin = clock.now()
         departure = line.outbox.send(hidden) if line.outbox else None
