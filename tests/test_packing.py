@@ -1,5 +1,7 @@
 """Micro-batches against the rows they were made from, read back by other means."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -108,12 +110,22 @@ def test_targets_of_one_place_are_in_the_order_of_the_rows():
     assert batch.target_token[:200].tolist() == [7 + choice // 2 for choice in range(200)]
 
 
-def test_all_of_hellaswag(real_data):
-    """Half the tokens, padding counted. What it takes, bench/host_work.py measures."""
+def prepared(real_data):
+    """Read, tokenised and packed: the task, its token rows, the micro-batches."""
     task = load_task(real_data / "hellaswag_val_full.txt.bz2", "lm-eval")
     tokenizer = load_tokenizer(real_data, real_data / "llama_tokenizer.model")
     made = token_rows(task.questions, tokenizer, CONVENTIONS["lm-eval"], True, 2048)
-    batches = list(pack(made.rows, DEFAULT_TOKENS, 1024))
+    return task, made, list(pack(made.rows, DEFAULT_TOKENS, 1024))
+
+
+def test_all_of_hellaswag(real_data):
+    """Half the tokens, padding counted, in five seconds of one core."""
+    seconds = []
+    while not seconds or (min(seconds) >= 5 and len(seconds) < 3):  # a busy machine: try again
+        begin = time.process_time()
+        task, made, batches = prepared(real_data)
+        seconds.append(time.process_time() - begin)
+    assert min(seconds) < 5
     assert len(task.questions) == 10042 and len(made.rows) == 40168
     computed = sum(len(batch.token_ids) for batch in batches)
     assert computed == DEFAULT_TOKENS * len(batches)
