@@ -71,18 +71,6 @@ class _CountsType(click.ParamType):
     name = "N,N,…"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        parts = value.split(",")
-        if not all(part.isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is not a list of positive numbers", param, ctx)
-        return tuple(int(part) for part in parts)
-
-
-class _CountsType(click.ParamType):
-    """Positive numbers with commas between them."""
-
-    name = "N,N,…"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
         counts = value.split(",")
@@ -159,6 +147,9 @@ def cli() -> None:
 @click.option("--samples", type=_FILE, help="Write one JSON line a question.")
 @click.option("--log-samples", is_flag=True, help="The same, beside --output.")
 @click.option("--resume", is_flag=True, help="Go on with what --samples has from a broken run.")
+@click.option(
+    "--compare", type=_FILE, help="Say what changed since the run that wrote this --samples file."
+)
 @click.option("--trace", type=_FILE, help="Write when each rank did what, for Perfetto.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, touching no GPU.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
@@ -201,6 +192,8 @@ def score(
         samples = output.with_name(f"{output.stem}_samples.jsonl")
     if samples is not None and samples == output:
         raise click.UsageError("--output and --samples are the same file.")
+    if output is not None and options["compare"] == output:
+        raise click.UsageError("--output and --compare are the same file.")
     if options["resume"] and samples is None:
         raise click.UsageError("--resume goes on with --samples FILE; give that too.")
     report = run(

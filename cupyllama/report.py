@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyllama.compare import Comparison
 from cupyllama.parallel.simulate import Simulation, simulate
 from cupyllama.tasks.question import Question
 from cupyllama.trace import Span
@@ -138,6 +139,7 @@ class Report:
     versions: dict[str, str]
     date: float  # seconds since the epoch, when the run began
     ranks: Sequence[RankReport]
+    comparison: Comparison | None = None  # with another run
 
     @property
     def bubble(self) -> float:
@@ -186,6 +188,7 @@ class Report:
                 "ranks": [rank.as_json() for rank in self.ranks],
                 "digests": self.digests,
                 "versions": self.versions,
+                "comparison": self.comparison.as_json() if self.comparison else None,
             },
         }
 
@@ -232,6 +235,8 @@ class Report:
                 f"  {self.truncated_rows:,} rows were longer than the model allows and kept their "
                 "last tokens"
             )
+        if self.comparison is not None:
+            lines += ["", self.comparison.as_text()]
         return "\n".join(lines)
 
 

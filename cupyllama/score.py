@@ -11,6 +11,7 @@ import numpy as np
 from cupyllama.background import BackgroundLoad
 from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.checkpoint.stages import split_layers
+from cupyllama.compare import OtherRun, check_questions, compare, read_samples
 from cupyllama.config import load_config
 from cupyllama.errors import DataError, DeviceError, ModelError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
@@ -50,6 +51,7 @@ class ScoreOptions:
     output: Path | None = None
     samples: Path | None = None
     resume: bool = False
+    compare: Path | None = None  # samples of another run
     trace: Path | None = None
     dry_run: bool = False
     quiet: bool = False
@@ -100,6 +102,7 @@ class Run:
         self.spans: list[Span] = []
         self.load: BackgroundLoad | None = None
         self.journal: Journal | None = None
+        self.other: OtherRun | None = None
 
     def say(self, text: str) -> None:
         """One line on stderr, from rank 0 alone."""
@@ -113,6 +116,8 @@ class Run:
         self.grid = make_grid(world, options.replicas)
         self.split = split_layers(self.config, self.grid.stages, options.layers_per_stage)
         self.layers = self.split[self.grid.stage]
+        if options.compare is not None and world.rank == 0:
+            self.other = read_samples(options.compare)
         if options.dry_run:
             return
         if world.rank == 0:
@@ -135,6 +140,9 @@ class Run:
         begin = time.time()
         self.questions = read_questions(self.options, self.config)
         self.spans.append(Span("tokenise", None, begin, time.time()))
+        if self.other is not None:
+            questions = self.questions
+            check_questions(self.other, questions.task.questions, len(questions.asked))
         if self.options.dry_run:
             return
         tokenizer, task = self.questions.tokenizer, self.questions.task
@@ -288,6 +296,7 @@ class Run:
             versions=versions(self.device),
             date=self.began,
             ranks=ranks,
+            comparison=compare(self.other, answers) if self.other is not None else None,
         )
         if options.samples is not None:
             write_json_lines(options.samples, answers.samples())

@@ -128,9 +128,12 @@ def test_usage(folder):
     assert run(cli, ["score"]).exit_code == 2
     assert run(cli, ["score", "--demo", "--model", "x"]).exit_code == 2
     assert score(folder, "--log-samples").exit_code == 2
+    same = ["--output", folder / "r.json", "--compare", folder / "r.json"]
+    assert "--output and --compare are the same file" in score(folder, *same).stderr
     for option in (
         *(["--limit", "0"], ["--limit", "1.5"], ["--limit", "x"], ["--dtype", "int8"]),
         *(["--micro-batch-tokens", "0"], ["--micro-batch-tokens", "many"], ["--bos", "perhaps"]),
+        *(["--layers-per-stage", value] for value in ("", "2,", "0", "-1", "x", "1.5")),
     ):
         assert score(folder, *option).exit_code == 2, option
     fails(score(folder, "--micro-batch-tokens", "4"), 2, "does not fit a micro-batch of 4")

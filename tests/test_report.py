@@ -3,11 +3,14 @@
 import json
 import math
 import os
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from cupyllama.compare import Comparison, LoglikelihoodChange, PickChange
 from cupyllama.errors import OutputError
 from cupyllama.files import check_writable, write_json, write_json_lines
 from cupyllama.report import Answers, Metric, Report
@@ -75,6 +78,53 @@ def test_pred_norm_is_the_pick_per_character():
     assert (sample["pred"], sample["pred_norm"]) == (2, 1)
 
 
+COMPARISON = Comparison(
+    path=Path("other.jsonl"),
+    questions=1500,
+    only_here=0,
+    only_there=3,
+    picks={"acc": PickChange(0.25, 0.125, 1234, 8, 2, 0.0703125)},
+    loglikelihoods=LoglikelihoodChange(6000, 0.001, 0.0125, -7.5, 12, 3, 1),
+)
+
+
+def test_a_comparison_says_each_number_under_its_own_name():
+    assert COMPARISON.as_text().splitlines() == [
+        "  compared with other.jsonl: 1,500 questions; 3 more in that one alone",
+        "  accuracy     before   after  flipped  right->wrong  wrong->right   p (McNemar)",
+        "  acc           25.00   12.50    1,234             8             2   0.0703",
+        "  log-likelihoods of 6,000 choices: changed by +0.001 on average, 0.0125 in absolute "
+        "value;",
+        "  most in question 12, choice 3: -7.5",
+        "  1 question scored on other numbers of tokens: another tokenizer or convention",
+    ]
+    assert COMPARISON.as_json() == {
+        "path": "other.jsonl",
+        "questions": 1500,
+        "only_here": 0,
+        "only_there": 3,
+        "picks": {
+            "acc": {
+                "before": 0.25,
+                "after": 0.125,
+                "flipped": 1234,
+                "right_to_wrong": 8,
+                "wrong_to_right": 2,
+                "p_value": 0.0703125,
+            }
+        },
+        "loglikelihoods": {
+            "choices": 6000,
+            "mean": 0.001,
+            "mean_absolute": 0.0125,
+            "largest": -7.5,
+            "largest_doc_id": 12,
+            "largest_choice": 3,
+            "other_num_tokens": 1,
+        },
+    }
+
+
 def test_the_report_says_each_number_under_its_own_name():
     report = Report(
         task="t",
@@ -110,6 +160,11 @@ def test_the_report_says_each_number_under_its_own_name():
     text = report.as_text()
     for part in ("t: 30 questions", "* acc_norm", "  acc  ", "6.0 questions/s", "2.25 times"):
         assert part in text
+    assert extra["comparison"] is None and "compared" not in text
+    compared = replace(report, comparison=COMPARISON)
+    assert compared.as_json()["cupyllama"]["comparison"]["picks"]["acc"]["p_value"] == 0.0703125
+    # after all that was there before, which it does not change
+    assert compared.as_text() == f"{text}\n\n{COMPARISON.as_text()}"
 
 
 def test_files_are_replaced_whole(tmp_path):
