@@ -57,11 +57,11 @@ def forgetful(limit: int, failures: list[int]) -> types.SimpleNamespace:
     """The reference operations on a device that cannot hold more than `limit` tokens."""
     ops = types.SimpleNamespace(**vars(reference))
 
-    def swiglu(gate_up):
+    def swiglu(gate_up, quantized):
         if len(gate_up) > limit:
             failures.append(len(gate_up))
             raise MemoryError
-        return reference.swiglu(gate_up)
+        return reference.swiglu(gate_up, quantized)
 
     ops.swiglu = swiglu
     return ops
@@ -88,13 +88,13 @@ def test_memory_that_ends_half_way_keeps_what_is_done(tmp_path):
     stage = build_stage(model)
     calls = []
 
-    def embedding(token_ids, weight):
-        calls.append(len(token_ids))
+    def attention(qkv, *rest):
+        calls.append(len(qkv))
         if len(calls) == 3:
             raise MemoryError
-        return reference.embedding(token_ids, weight)
+        return reference.attention(qkv, *rest)
 
-    stage.ops = types.SimpleNamespace(**{**vars(reference), "embedding": embedding})
+    stage.ops = types.SimpleNamespace(**{**vars(reference), "attention": attention})
     done = []
     scores = ChoiceScores.empty(len(rows), 128)
     evaluate(Line(stage), rows, plan(rows, 128, stage.ops), scores, done.extend)

@@ -11,6 +11,7 @@ import pytest
 
 from cupyllama.ops import reference
 from cupyllama.packing import TokenRow, pack
+from cupyllama.quantized import Quantized
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 # What one rounding of the result costs, and for float32 the sums too.
@@ -35,12 +36,79 @@ def assert_equal(found, expected, dtype=np.float32):
     np.testing.assert_allclose(found.astype(np.float64), expected, rtol=tolerance, atol=tolerance)
 
 
+# Every e4m3 number but NaN, by its definition: exponents of 4 bits, biased by 7, and 3 of mantissa.
+E4M3 = {
+    bits: (-1) ** (bits >> 7)
+    * (
+        2.0 ** ((bits >> 3 & 15) - 7) * (1 + (bits & 7) / 8)
+        if bits >> 3 & 15
+        else (bits & 7) * 2**-9
+    )
+    for bits in range(256)
+    if bits & 127 != 127
+}
+
+
+def assert_close_to_quantized(found, expected):
+    """Each row has a scale by which its largest number is 448; each number is the nearest e4m3."""
+    assert found.values.dtype == np.uint8 and found.scale.dtype == np.float32
+    table = np.array([E4M3.get(bits, np.nan) for bits in range(256)])
+    numbers = np.array(sorted(E4M3.values()))
+    peak = np.abs(expected).max(axis=1)
+    scale = np.where(peak > 0, peak / 448, 1)
+    np.testing.assert_allclose(found.scale, scale, rtol=1e-5)
+    wanted = expected / found.scale.astype(float)[:, None]
+    nearest = np.abs(wanted[..., None] - numbers).min(axis=-1)
+    error = np.abs(table[found.values] - wanted)
+    assert (error <= nearest + 1e-4 * np.abs(wanted)).all()  # a tie may fall to either side
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 33), (5, 128), (2, 1000)])
+def test_quantize(rng, rows, columns, dtype):
+    x = (random(rng, rows, columns) * 10.0 ** rng.integers(-3, 3, (rows, 1))).astype(dtype)
+    x[-1] = 0
+    found = reference.quantize(x)
+    assert_close_to_quantized(found, x.astype(float))
+    out = Quantized(np.empty((rows, columns), np.uint8), np.empty(rows, np.float32))
+    assert reference.quantize(x, out) is out
+    np.testing.assert_array_equal(out.values, found.values)
+    np.testing.assert_array_equal(reference.dequantize(out), reference.dequantize(found))
+
+
+def test_quantize_rounds_to_even_and_reaches_subnormals():
+    # 448 makes the scale 1.  Halfway between neighbours, e4m3 takes the one with the even mantissa.
+    x = np.array([[448, 17, 19, -17, 2**-9, 2**-10, 3 * 2**-10, 440, 0]], np.float32)
+    found = reference.dequantize(reference.quantize(x))
+    assert found.tolist() == [[448, 16, 20, -16, 2**-9, 0, 2**-8, 448, 0]]
+
+
+def test_quantize_keeps_what_is_no_number():
+    x = np.array([[1, np.nan, -2], [1, np.inf, 2], [3, 1e-40, 0], [1e-40, 0, 0]], np.float32)
+    found = reference.dequantize(reference.quantize(x))
+    np.testing.assert_array_equal(np.isnan(found[0]), [False, True, False])
+    assert np.isnan(found[1]).all()
+    assert found[2].tolist() == [3, 0, 0] and found[3].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(("tokens", "columns", "rows"), [(1, 16, 32), (129, 64, 31)])
+def test_linear_quantized(rng, tokens, columns, rows, with_residual):
+    x, weight = random(rng, tokens, columns), reference.quantize(random(rng, rows, columns))
+    residual = random(rng, tokens, rows) if with_residual else None
+    rounded = reference.quantize(x)
+    expected = reference.dequantize(rounded).astype(float) @ reference.dequantize(weight).T
+    expected += residual if with_residual else 0
+    assert_equal(reference.linear(x, weight, residual=residual) / 8, expected / 8)
+    assert_equal(reference.linear(rounded, weight, None, residual, np.float32) / 8, expected / 8)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "vocab", "hidden"), [(1, 3, 5), (7, 11, 33), (131, 2, 64)])
-def test_embedding(rng, tokens, vocab, hidden, dtype):
+def test_gather(rng, tokens, vocab, hidden, dtype):
     weight = random(rng, vocab, hidden, dtype=dtype)
     ids = rng.integers(0, vocab, tokens).astype(np.int32)
-    found = reference.embedding(ids, weight)
+    found = reference.gather(ids, weight)
     for token in range(tokens):
         np.testing.assert_array_equal(found[token], weight[int(ids[token])])
 
@@ -58,8 +126,7 @@ def test_rmsnorm(rng, tokens, hidden, dtype):
         root = math.sqrt(math.fsum(value * value for value in values) / hidden + eps)
         expected[token] = [v / root * float(w) for v, w in zip(values, weight, strict=True)]
     assert_equal(reference.rmsnorm(x, weight, eps), expected, dtype)
-    rows = rng.integers(0, tokens, 5).astype(np.int32)
-    assert_equal(reference.rmsnorm(x, weight, eps, rows), expected[rows], dtype)
+    assert_close_to_quantized(reference.rmsnorm(x, weight, eps, quantized=True), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,7 +206,7 @@ def test_attention(rng, heads, kv_heads, head_dim, pad, dtype):
     (batch,) = pack(packed_rows(rng), 512, pad=pad)
     tokens = len(batch.token_ids)
     qkv = random(rng, tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
-    found = reference.attention(qkv, batch, heads, kv_heads)
+    found = reference.attention(qkv, batch, None, None, heads, kv_heads)
     assert found.shape == (tokens, heads * head_dim)
     wide = qkv.astype(float).reshape(tokens, heads + 2 * kv_heads, head_dim)
     expected = np.empty((tokens, heads, head_dim))
@@ -170,6 +237,7 @@ def test_swiglu(rng, tokens, inner, dtype):
             sigmoid = 1 / (1 + math.exp(-gate)) if gate > -700 else 0.0
             expected[token, i] = gate * sigmoid * up
     assert_equal(reference.swiglu(gate_up), expected, dtype)
+    assert_close_to_quantized(reference.swiglu(gate_up, quantized=True), expected)
 
 
 def log_probs(logits, targets):

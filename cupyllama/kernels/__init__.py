@@ -11,11 +11,15 @@ from typing import Any
 _LOCAL_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _OPTIONS = ("--std=c++17",)
 _DEFAULT_SHARED_BYTES = 48 * 1024
+# Files of wgmma and setmaxnreg, which sm_90a has and CuPy would not ask for by itself.
+_HOPPER = "_sm90.cu"
 
 # What -DSTORAGE may be, and the bytes of a number of it.
 _ITEMSIZE = {"FP16": 2, "BF16": 2, "FP32": 4}
 # Where rare head sizes are compiled too; elsewhere the common ones stand for them.
 _THOROUGH = (80, 90)
+# The first with 8-bit floating point.
+FP8_ARCH = 89
 
 Constants = dict[str, Any]
 
@@ -46,6 +50,8 @@ def kernel(filename: str, name: str, shared_bytes: int = 0, **constants: Any) ->
     import cupy
 
     options = _OPTIONS + _definitions(constants)
+    if filename.endswith(_HOPPER):
+        options += ("-arch=sm_90a",)
     function = cupy.RawModule(code=source(filename), options=options).get_function(name)
     if shared_bytes > _DEFAULT_SHARED_BYTES:
         function.max_dynamic_shared_size_bytes = shared_bytes
@@ -68,7 +74,8 @@ def compile_cubin(filename: str, arch: int, **constants: Any) -> tuple[bytes, st
 
     # What RawModule would add itself: CuPy's include paths, -ftz and the architecture.
     options = assemble_cupy_compiler_options(_OPTIONS + _definitions(constants))
-    options += ("-ftz=true", f"-arch=sm_{arch}", "--ptxas-options=-v")
+    suffix = "a" if filename.endswith(_HOPPER) else ""
+    options += ("-ftz=true", f"-arch=sm_{arch}{suffix}", "--ptxas-options=-v")
     program = nvrtc.createProgram(source(filename), filename, (), ())
     try:
         nvrtc.compileProgram(program, options)
@@ -85,20 +92,35 @@ def pack_width(n: int, itemsize: int) -> int:
     return math.gcd(n, 16 // itemsize)
 
 
-def embedding_constants(hidden: int, itemsize: int) -> Constants:
-    unit = math.gcd(hidden * itemsize, 16)
-    return {"UNITS": hidden * itemsize // unit, "UNIT_BYTES": unit}
+def gather_constants(columns: int, itemsize: int) -> Constants:
+    unit = math.gcd(columns * itemsize, 16)
+    return {"UNITS": columns * itemsize // unit, "UNIT_BYTES": unit}
 
 
-def rmsnorm_constants(storage: str, hidden: int) -> Constants:
-    """THREADS: a multiple of 32 that wastes few lanes and holds a row in 32 registers a thread."""
-    width = pack_width(hidden, _ITEMSIZE[storage])
-    packs = hidden // width
-    registers = max(1, width * _ITEMSIZE[storage] // 4)  # a pack
-    slots = min(-(-packs // 256), 32 // registers)
+def rmsnorm_constants(storage: str, hidden: int, quantize: bool = False) -> Constants:
+    threads = _row_threads(storage, hidden)
+    return {"STORAGE": storage, "HIDDEN": hidden, "THREADS": threads, "QUANTIZE": int(quantize)}
+
+
+def quantize_constants(storage: str, columns: int) -> Constants:
+    return {"STORAGE": storage, "COLUMNS": columns, "THREADS": _row_threads(storage, columns)}
+
+
+def swiglu_constants(storage: str, intermediate: int, quantize: bool = False) -> Constants:
+    constants = {"STORAGE": storage, "INTERMEDIATE": intermediate, "QUANTIZE": int(quantize)}
+    if quantize:
+        constants["THREADS"] = _row_threads(storage, intermediate)
+    return constants
+
+
+def _row_threads(storage: str, columns: int) -> int:
+    """A multiple of 32 that wastes few lanes and holds a row in 40 registers a thread."""
+    width = pack_width(columns, _ITEMSIZE[storage])
+    packs = columns // width
+    slots = min(-(-packs // 256), 40 // width)
     threads = -(-packs // (32 * slots)) * 32
-    assert threads <= 1024, f"{hidden=} does not fit the registers of a block"
-    return {"STORAGE": storage, "HIDDEN": hidden, "THREADS": threads}
+    assert threads <= 1024, f"a row of {columns} does not fit the registers of a block"
+    return threads
 
 
 def rope_constants(
@@ -148,16 +170,21 @@ def log_probs_constants(vocab: int) -> Constants:
 
 def variants(arch: int) -> Iterator[tuple[str, Constants]]:
     """Files and constants that stand for all that models ask of `sm_<arch>`."""
-    yield "embedding.cu", embedding_constants(6656, 2)
-    yield "embedding.cu", embedding_constants(331, 2)
+    yield "gather.cu", gather_constants(6656, 2)
+    yield "gather.cu", gather_constants(331, 2)
     yield "log_probs.cu", log_probs_constants(32000)
     yield "log_probs.cu", log_probs_constants(331)
     for storage in _ITEMSIZE:
         for hidden in (6656, 331):
             yield "rmsnorm.cu", rmsnorm_constants(storage, hidden)
         yield "rope.cu", rope_constants(storage, 128, 52, 52)
-        yield "swiglu.cu", {"STORAGE": storage, "INTERMEDIATE": 17920}
+        yield "swiglu.cu", swiglu_constants(storage, 17920)
         yield "bias.cu", {"STORAGE": storage, "OUT_T": "storage_t", "WIDE": 4096}
+        if arch >= FP8_ARCH:
+            for columns in (17920, 331):
+                yield "quantize.cu", quantize_constants(storage, columns)
+                yield "rmsnorm.cu", rmsnorm_constants(storage, columns, quantize=True)
+                yield "swiglu.cu", swiglu_constants(storage, columns, quantize=True)
         for head_dim in _head_dims(arch):
             heads = (storage, head_dim, 32, 8)
             yield "attention.cu", attention_constants(*heads)
@@ -166,7 +193,7 @@ def variants(arch: int) -> Iterator[tuple[str, Constants]]:
     if arch in _THOROUGH:
         yield "rope.cu", rope_constants("FP16", 100, 32, 32)
         yield "bias.cu", {"STORAGE": "FP16", "OUT_T": "float", "WIDE": 331}
-        yield "swiglu.cu", {"STORAGE": "FP16", "INTERMEDIATE": 331}
+        yield "swiglu.cu", swiglu_constants("FP16", 331)
 
 
 def _head_dims(arch: int) -> tuple[int, ...]:

@@ -1,61 +1,40 @@
-// rmsnorm: out[i] = x[r] / sqrt(mean(x[r]^2) + eps) * weight,  r = rows[i], or i without rows
+// rmsnorm: out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight
 //
-// Fused: the gather of rows.  A row is read once: it stays in registers from the sum to the product.
-// One block of THREADS an output row; a thread holds SLOTS packs of WIDTH numbers.
-#include "common.cuh"
-
-constexpr int WIDTH = pack_width(HIDDEN);
-constexpr int PACKS = HIDDEN / WIDTH;
-constexpr int SLOTS = (PACKS + THREADS - 1) / THREADS;
-
-__device__ inline float block_sum(float x)
-{
-    __shared__ float partial[THREADS / 32];
-    x = warp_sum(x);
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-    __syncthreads();
-    float sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < THREADS / 32; warp++) sum += partial[warp];
-    return sum;
-}
+// A row is read once: it stays in registers from the sum to the product, and with QUANTIZE also until
+// its largest number is known, by which e4m3 is scaled.  One block of THREADS a row.
+#define WIDTH pack_width(HIDDEN)
+#define PACKS (HIDDEN / WIDTH)
+#include "row.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS) rmsnorm(
-    storage_t *__restrict__ out,           // (n, HIDDEN)
+#if QUANTIZE
+    unsigned char *__restrict__ out,       // (tokens, HIDDEN) e4m3
+    float *__restrict__ scale,             // (tokens,)
+#else
+    storage_t *__restrict__ out,           // (tokens, HIDDEN)
+#endif
     const storage_t *__restrict__ x,       // (tokens, HIDDEN)
     const storage_t *__restrict__ weight,  // (HIDDEN,)
-    const int *__restrict__ rows,          // (n,) or null
     float eps)
 {
-    const storage_t *from = x + (size_t)(rows ? rows[blockIdx.x] : blockIdx.x) * HIDDEN;
-    storage_t *to = out + (size_t)blockIdx.x * HIDDEN;
-
-    Pack<storage_t, WIDTH> row[SLOTS];
+    const storage_t *from = x + (size_t)blockIdx.x * HIDDEN;
+    float row[SLOTS][WIDTH];
+    for_each_pack([&](int slot, int pack) { load(row[slot], from + pack * WIDTH); });
     float sum = 0;
+    for_each_pack([&](int slot, int) {
 #pragma unroll
-    for (int slot = 0; slot < SLOTS; slot++) {
-        const int pack = threadIdx.x + slot * THREADS;
-        if (pack >= PACKS) break;
-        row[slot] = reinterpret_cast<const Pack<storage_t, WIDTH> *>(from)[pack];
-    }
-#pragma unroll
-    for (int slot = 0; slot < SLOTS; slot++) {
-        if (threadIdx.x + slot * THREADS >= PACKS) break;
-#pragma unroll
-        for (int i = 0; i < WIDTH; i++) {
-            const float value = to_float(row[slot].x[i]);
-            sum += value * value;
-        }
-    }
-    const float scale = rsqrtf(block_sum(sum) / HIDDEN + eps);
-#pragma unroll
-    for (int slot = 0; slot < SLOTS; slot++) {
-        const int pack = threadIdx.x + slot * THREADS;
-        if (pack >= PACKS) break;
+        for (int i = 0; i < WIDTH; i++) sum += row[slot][i] * row[slot][i];
+    });
+    const float factor = rsqrtf(block_sum(sum) / HIDDEN + eps);
+    for_each_pack([&](int slot, int pack) {
         float w[WIDTH];
         load(w, weight + pack * WIDTH);
 #pragma unroll
-        for (int i = 0; i < WIDTH; i++) w[i] *= to_float(row[slot].x[i]) * scale;
-        store(to + pack * WIDTH, w);
-    }
+        for (int i = 0; i < WIDTH; i++) row[slot][i] *= factor * w[i];
+    });
+#if QUANTIZE
+    store_row(out + (size_t)blockIdx.x * HIDDEN, scale + blockIdx.x, row);
+#else
+    store_row(out + (size_t)blockIdx.x * HIDDEN, row);
+#endif
 }

@@ -9,20 +9,21 @@ import numpy as np
 from cupyllama.config import ModelConfig
 from cupyllama.model.rope import rope_tables
 from cupyllama.packing import PADDING_SEGMENT, MicroBatch
+from cupyllama.quantized import Quantized
 
 Array = Any  # numpy.ndarray or cupy.ndarray: whatever `ops` works on
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer; matrices are [out, in]."""
+    """One decoder layer; matrices are [out, in], and may be quantized."""
 
     input_layernorm: Array  # (hidden,)
-    qkv_proj: Array  # (q + k + v, hidden)
-    o_proj: Array  # (hidden, q)
+    qkv_proj: Array | Quantized  # (q + k + v, hidden)
+    o_proj: Array | Quantized  # (hidden, q)
     post_attention_layernorm: Array  # (hidden,)
-    gate_up_proj: Array  # (2 · intermediate, hidden), gate first
-    down_proj: Array  # (hidden, intermediate)
+    gate_up_proj: Array | Quantized  # (2 · intermediate, hidden), gate first
+    down_proj: Array | Quantized  # (hidden, intermediate)
     qkv_bias: Array | None = None  # (q + k + v,)
     o_bias: Array | None = None  # (hidden,)
 
@@ -58,36 +59,44 @@ class Stage:
         Returns:
             (tokens, hidden), or from the last stage (2, targets) float32 as `ops.log_probs` writes.
         """
+        layers, last = self.weights.layers, self.weights.lm_head is not None
         if self.weights.embed_tokens is not None:
-            hidden = self.ops.embedding(batch.token_ids, self.weights.embed_tokens)
-        for layer in self.weights.layers:
-            hidden = self.decoder_layer(layer, batch, hidden)
-        if self.weights.lm_head is not None:
-            return self.head(batch, hidden)
-        return hidden
+            hidden = self.ops.gather(batch.token_ids, self.weights.embed_tokens)
+        for layer in layers[:-1] if last else layers:
+            mixed = self.mix(layer, batch, hidden)
+            hidden = self.transform(layer, mixed, hidden)
+        return self.log_probs(layers[-1], batch, hidden) if last else hidden
 
-    def decoder_layer(self, layer: LayerWeights, batch: MicroBatch, hidden: Array) -> Array:
-        """(tokens, hidden) -> the same."""
+    def mix(self, layer: LayerWeights, batch: MicroBatch, hidden: Array) -> Array:
+        """What attention finds for each token: (tokens, hidden) -> (tokens, q)."""
         ops, config = self.ops, self.config
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        eight_bit = isinstance(layer.qkv_proj, Quantized)
+        normed = ops.rmsnorm(hidden, layer.input_layernorm, config.rms_norm_eps, eight_bit)
+        qkv = ops.linear(normed, layer.qkv_proj, layer.qkv_bias, out_dtype=hidden.dtype)
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        return ops.attention(qkv, batch, self.cos, self.sin, *heads)
 
-        normed = ops.rmsnorm(hidden, layer.input_layernorm, config.rms_norm_eps)
-        qkv = ops.linear(normed, layer.qkv_proj, layer.qkv_bias)
-        ops.rope(qkv, batch.positions, self.cos, self.sin, heads, kv_heads)
-        mixed = ops.attention(qkv, batch, heads, kv_heads)
+    def transform(self, layer: LayerWeights, mixed: Array, hidden: Array) -> Array:
+        """The rest of the layer, token by token: (tokens, q), (tokens, hidden) -> the last."""
+        ops, config = self.ops, self.config
+        eight_bit = isinstance(layer.gate_up_proj, Quantized)
         hidden = ops.linear(mixed, layer.o_proj, layer.o_bias, residual=hidden)
+        normed = ops.rmsnorm(hidden, layer.post_attention_layernorm, config.rms_norm_eps, eight_bit)
+        gate_up = ops.linear(normed, layer.gate_up_proj, out_dtype=hidden.dtype)
+        return ops.linear(ops.swiglu(gate_up, eight_bit), layer.down_proj, residual=hidden)
 
-        normed = ops.rmsnorm(hidden, layer.post_attention_layernorm, config.rms_norm_eps)
-        gated = ops.swiglu(ops.linear(normed, layer.gate_up_proj))
-        return ops.linear(gated, layer.down_proj, residual=hidden)
+    def log_probs(self, layer: LayerWeights, batch: MicroBatch, hidden: Array) -> Array:
+        """The last layer and the head, on rows with targets alone: (2, targets) float32.
 
-    def head(self, batch: MicroBatch, hidden: Array) -> Array:
-        """Log-probabilities of the targets, a chunk of logits at a time: (2, targets) float32."""
+        A chunk of rows at a time, for the logits of all would be gigabytes.
+        """
         ops, weights = self.ops, self.weights
+        mixed = self.mix(layer, batch, hidden)
         out = ops.empty((2, len(batch.target_token)), np.float32)
         for first in range(0, len(batch.logit_rows), ops.LOGIT_CHUNK):
             rows = batch.logit_rows[first : first + ops.LOGIT_CHUNK]
-            normed = ops.rmsnorm(hidden, weights.norm, self.config.rms_norm_eps, rows)
+            chosen = self.transform(layer, ops.gather(rows, mixed), ops.gather(rows, hidden))
+            normed = ops.rmsnorm(chosen, weights.norm, self.config.rms_norm_eps)
             logits = ops.linear(normed, weights.lm_head, out_dtype=np.float32)
             target_start = batch.target_start[first : first + len(rows) + 1]
             ops.log_probs(logits, target_start, batch.target_token, out)

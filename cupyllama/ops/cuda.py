@@ -15,6 +15,7 @@ from cupyllama import kernels
 from cupyllama.kernels import kernel
 from cupyllama.ops.gemm import gemm
 from cupyllama.packing import MicroBatch
+from cupyllama.quantized import Quantized
 
 # One shape for every matrix product of a run: cuBLAS may choose another algorithm for another one.
 FIXED_SHAPES = True
@@ -111,7 +112,7 @@ def check_libraries() -> None:
     """Raises whatever keeps cuBLAS from loading, or a kernel from being compiled and loaded."""
     from cupy_backends.cuda.libs import cublas  # noqa: F401
 
-    kernel("swiglu.cu", "swiglu", STORAGE="FP16", INTERMEDIATE=64)
+    kernel("swiglu.cu", "swiglu", **kernels.swiglu_constants("FP16", 64))
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> Array:
@@ -147,39 +148,63 @@ def attention_tiles(batch: MicroBatch) -> np.ndarray:
     return np.stack([segment, first], axis=1)[order].astype(np.int32)
 
 
-def embedding(token_ids: Array, weight: Array) -> Array:
-    """Rows of the table: (tokens,) int32, (vocab, hidden) -> (tokens, hidden)."""
-    (tokens,), (_, hidden) = token_ids.shape, weight.shape
-    _check(token_ids, np.int32, (tokens,))
-    _check(weight, weight.dtype, weight.shape)
-    out = cupy.empty((tokens, hidden), weight.dtype)
+def gather(rows: Array, table: Array) -> Array:
+    """Rows of a table: (n,) int32, (any, columns) -> (n, columns)."""
+    (count,), (_, columns) = rows.shape, table.shape
+    _check(rows, np.int32, (count,))
+    _check(table, table.dtype, table.shape)
+    out = cupy.empty((count, columns), table.dtype)
     if out.size:
-        constants = kernels.embedding_constants(hidden, weight.itemsize)
-        threads = _threads(constants["UNITS"])
-        launch = kernel("embedding.cu", "embedding", **constants)
-        launch((tokens,), (threads,), (out, token_ids, weight))
+        constants = kernels.gather_constants(columns, table.itemsize)
+        launch = kernel("gather.cu", "gather", **constants)
+        launch((count,), (_threads(constants["UNITS"]),), (out, rows, table))
     return out
 
 
-def rmsnorm(x: Array, weight: Array, eps: float, rows: Array | None = None) -> Array:
-    """x / sqrt(mean(x²) + eps) · weight: (tokens, hidden) -> the same, or rows (n,) of it."""
+def quantize(x: Array, out: Quantized | None = None) -> Quantized:
+    """Rows as e4m3, each with a scale: (rows, columns); see `reference.quantize`."""
+    rows, columns = x.shape
+    _check(x, x.dtype, (rows, columns))
+    if out is None:
+        out = _quantized(rows, columns)
+    _check(out.values, np.uint8, (rows, columns))
+    _check(out.scale, np.float32, (rows,))
+    if x.size:
+        constants = kernels.quantize_constants(_storage(x), columns)
+        launch = kernel("quantize.cu", "quantize", **constants)
+        launch((rows,), (constants["THREADS"],), (out.values, out.scale, x))
+    return out
+
+
+def _quantized(rows: int, columns: int) -> Quantized:
+    return Quantized(cupy.empty((rows, columns), np.uint8), cupy.empty(rows, np.float32))
+
+
+def _results(rows: int, columns: int, dtype: np.dtype, quantized: bool) -> tuple[Any, tuple]:
+    """What an operation returns, and the arrays that its kernel writes for it."""
+    if quantized:
+        out = _quantized(rows, columns)
+        return out, (out.values, out.scale)
+    out = cupy.empty((rows, columns), dtype)
+    return out, (out,)
+
+
+def rmsnorm(x: Array, weight: Array, eps: float, quantized: bool = False) -> Array | Quantized:
+    """x / sqrt(mean(x²) + eps) · weight: (tokens, hidden) -> the same."""
     tokens, hidden = x.shape
     _check(x, x.dtype, (tokens, hidden))
     _check(weight, x.dtype, (hidden,))
-    if rows is not None:
-        _check(rows, np.int32, (len(rows),))
-    out = cupy.empty((tokens if rows is None else len(rows), hidden), x.dtype)
-    if len(out):
-        constants = kernels.rmsnorm_constants(_storage(x), hidden)
+    out, written = _results(tokens, hidden, x.dtype, quantized)
+    if x.size:
+        constants = kernels.rmsnorm_constants(_storage(x), hidden, quantized)
         launch = kernel("rmsnorm.cu", "rmsnorm", **constants)
-        arguments = (out, x, weight, rows, np.float32(eps))
-        launch((len(out),), (constants["THREADS"],), arguments)
+        launch((tokens,), (constants["THREADS"],), (*written, x, weight, np.float32(eps)))
     return out
 
 
 def linear(
-    x: Array,
-    weight: Array,
+    x: Array | Quantized,
+    weight: Array | Quantized,
     bias: Array | None = None,
     residual: Array | None = None,
     out_dtype: np.dtype | None = None,
@@ -189,12 +214,16 @@ def linear(
     The result takes the memory of `residual`, where there is one.  With `bias` too their sum is
     rounded to the stored type before the product is added: one rounding more than `reference`.
     """
-    shape, dtype = (len(x), len(weight)), np.dtype(out_dtype or x.dtype)
+    if out_dtype is None:
+        out_dtype = x.dtype if residual is None else residual.dtype
+    shape, dtype = (len(x), len(weight)), np.dtype(out_dtype)
     if residual is not None:
         _check(residual, dtype, shape)
     out = cupy.empty(shape, dtype) if residual is None else residual
     if not out.size:
         return out
+    if isinstance(weight, Quantized) and not isinstance(x, Quantized):
+        x = quantize(x)
     if bias is not None:
         _put_bias(out, bias, add=residual is not None)
     gemm(out, x, weight, accumulate=bias is not None or residual is not None)
@@ -241,15 +270,26 @@ def rope(
     return qkv
 
 
-def attention(qkv: Array, batch: DeviceBatch, num_heads: int, num_key_value_heads: int) -> Array:
+def attention(
+    qkv: Array,
+    batch: DeviceBatch,
+    cos: Array | None,
+    sin: Array | None,
+    num_heads: int,
+    num_key_value_heads: int,
+) -> Array:
     """softmax(q · kᵀ / sqrt(head_dim)) · v over the packed segments of `batch`, causal.
 
     Args:
-        qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q and k rotated.
+        qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q then k then v; rotated
+            in place.
+        cos, sin: (positions, head_dim / 2) float32; None: no rotation.
 
     Returns:
         (tokens, num_heads · head_dim).
     """
+    if cos is not None:
+        rope(qkv, batch.positions, cos, sin, num_heads, num_key_value_heads)
     matrix_units = int(cupy.cuda.Device().compute_capability) >= 80 and qkv.itemsize == 2
     on = attention_mma if matrix_units else attention_portable
     return on(qkv, batch, num_heads, num_key_value_heads)
@@ -304,16 +344,19 @@ def _attention_arguments(
     return (out, qkv, *segments, scale)
 
 
-def swiglu(gate_up: Array) -> Array:
+def swiglu(gate_up: Array, quantized: bool = False) -> Array | Quantized:
     """silu(gate) · up: (tokens, 2 · intermediate), gate first -> (tokens, intermediate)."""
     tokens, intermediate = len(gate_up), gate_up.shape[1] // 2
     _check(gate_up, gate_up.dtype, (tokens, 2 * intermediate))
-    out = cupy.empty((tokens, intermediate), gate_up.dtype)
-    if out.size:
-        packs = intermediate // kernels.pack_width(intermediate, gate_up.itemsize)
-        constants = {"STORAGE": _storage(gate_up), "INTERMEDIATE": intermediate}
+    out, written = _results(tokens, intermediate, gate_up.dtype, quantized)
+    if gate_up.size:
+        constants = kernels.swiglu_constants(_storage(gate_up), intermediate, quantized)
         launch = kernel("swiglu.cu", "swiglu", **constants)
-        launch((tokens, _blocks(packs)), (256,), (out, gate_up))
+        packs = intermediate // kernels.pack_width(intermediate, gate_up.itemsize)
+        grid, threads = (
+            ((tokens,), constants["THREADS"]) if quantized else ((tokens, _blocks(packs)), 256)
+        )
+        launch(grid, (threads,), (*written, gate_up))
     return out
 
 

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 
+import ml_dtypes
 import numpy as np
 
 from cupyllama.packing import MicroBatch
+from cupyllama.quantized import LARGEST, Quantized
 
 # Shapes may vary from one micro-batch to the next: padding would only cost time.
 FIXED_SHAPES = False
@@ -25,6 +27,8 @@ LOGIT_CHUNK = 1024
 
 # Rows of a matrix product that one core computes at a time.
 ROW_BLOCK = 128
+
+_LARGEST = LARGEST["fp8"]
 
 
 class Clock:
@@ -76,40 +80,80 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.empty(shape, dtype)
 
 
-def embedding(token_ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Rows of the table: (tokens,) int32, (vocab, hidden) -> (tokens, hidden)."""
-    return weight[token_ids]
+def gather(rows: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Rows of a table: (n,) int32, (any, columns) -> (n, columns)."""
+    return table[rows]
+
+
+def quantize(x: np.ndarray, out: Quantized | None = None) -> Quantized:
+    """Rows as e4m3 (Micikevicius et al. 2022), each scaled so that its largest number is 448.
+
+    scale = max |row| / 448, or 1 where that is too small to be divided by; a value is rounded to
+    the nearest e4m3, ties to even. NaN stays NaN, and infinity makes all of its row NaN.
+
+    Args:
+        x: (rows, columns).
+        out: filled and returned, where it is given.
+    """
+    x32 = _float32(x)
+    scale = np.fmax.reduce(np.abs(x32), axis=1, initial=0) / np.float32(_LARGEST)
+    scale[scale < np.finfo(np.float32).tiny] = 1
+    with np.errstate(invalid="ignore"):  # infinity times 0; NaN
+        scaled = np.clip(x32 * (1 / scale)[:, None], -_LARGEST, _LARGEST)
+        values = scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    if out is None:
+        return Quantized(values, scale)
+    out.values[...], out.scale[...] = values, scale
+    return out
+
+
+def dequantize(matrix: Quantized) -> np.ndarray:
+    """The numbers that it stands for: (rows, columns) float32."""
+    with np.errstate(invalid="ignore"):  # what was infinite is 0 times infinity
+        return _unscaled(matrix.values) * matrix.scale[:, None]
 
 
 def rmsnorm(
-    x: np.ndarray, weight: np.ndarray, eps: float, rows: np.ndarray | None = None
-) -> np.ndarray:
+    x: np.ndarray, weight: np.ndarray, eps: float, quantized: bool = False
+) -> np.ndarray | Quantized:
     """x / sqrt(mean(x²) + eps) · weight (Zhang & Sennrich 2019): (tokens, hidden) -> the same.
 
-    With `rows` (n,) int32, of those rows of x only: -> (n, hidden).
+    With `quantized`, as `quantize` makes it, and not rounded before.
     """
-    x32 = _float32(x if rows is None else x[rows])
+    x32 = _float32(x)
     scale = 1 / np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(eps))
-    return (x32 * scale * _float32(weight)).astype(x.dtype)
+    return _stored(x32 * scale * _float32(weight), x.dtype, quantized)
 
 
 def linear(
-    x: np.ndarray,
-    weight: np.ndarray,
+    x: np.ndarray | Quantized,
+    weight: np.ndarray | Quantized,
     bias: np.ndarray | None = None,
     residual: np.ndarray | None = None,
     out_dtype: np.dtype | None = None,
 ) -> np.ndarray:
     """x · weightᵀ + bias + residual: (tokens, in), (out, in), (out,), (tokens, out).
 
+    A quantized weight is multiplied with a quantized x: `quantize` makes one of an array.
     The caller gives `residual` up: an implementation may return the result in its memory.
+
+    Args:
+        out_dtype: needed where neither a residual nor an x that is an array shows it.
     """
-    y = np.empty((len(x), len(weight)), out_dtype or x.dtype)
-    transposed = _float32(weight).T
+    if residual is not None:
+        out_dtype = out_dtype or residual.dtype
+    if isinstance(weight, Quantized):
+        if not isinstance(x, Quantized):
+            out_dtype, x = out_dtype or x.dtype, quantize(x)
+        transposed, rows = dequantize(weight).T, _unscaled(x.values) * x.scale[:, None]
+    else:
+        transposed, rows, out_dtype = _float32(weight).T, x, out_dtype or x.dtype
+    assert out_dtype is not None
+    y = np.empty((len(x), len(weight)), out_dtype)
 
     def multiply(first: int) -> None:
         block = slice(first, first + ROW_BLOCK)
-        product = _float32(x[block]) @ transposed
+        product = _float32(rows[block]) @ transposed
         if bias is not None:
             product += _float32(bias)
         if residual is not None:
@@ -148,16 +192,25 @@ def rope(
 
 
 def attention(
-    qkv: np.ndarray, batch: MicroBatch, num_heads: int, num_key_value_heads: int
+    qkv: np.ndarray,
+    batch: MicroBatch,
+    cos: np.ndarray | None,
+    sin: np.ndarray | None,
+    num_heads: int,
+    num_key_value_heads: int,
 ) -> np.ndarray:
     """softmax(q · kᵀ / sqrt(head_dim)) · v over the packed segments of `batch`, causal.
 
     Args:
-        qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q and k rotated.
+        qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q then k then v. The caller
+            gives it up: q and k are rotated by their positions, and that may happen in place.
+        cos, sin: (positions, head_dim / 2) float32; None: no rotation.
 
     Returns:
         (tokens, num_heads · head_dim).
     """
+    if cos is not None:
+        rope(qkv, batch.positions, cos, sin, num_heads, num_key_value_heads)
     tokens = len(qkv)
     head_dim = qkv.shape[1] // (num_heads + 2 * num_key_value_heads)
     group = num_heads // num_key_value_heads
@@ -186,11 +239,14 @@ def attention(
     return out.reshape(tokens, num_heads * head_dim)
 
 
-def swiglu(gate_up: np.ndarray) -> np.ndarray:
-    """silu(gate) · up (Shazeer 2020), gate first: (tokens, 2 · n) -> (tokens, n)."""
+def swiglu(gate_up: np.ndarray, quantized: bool = False) -> np.ndarray | Quantized:
+    """silu(gate) · up (Shazeer 2020), gate first: (tokens, 2 · n) -> (tokens, n).
+
+    With `quantized`, as `quantize` makes it, and not rounded before.
+    """
     gate, up = np.split(_float32(gate_up), 2, axis=1)
     with np.errstate(over="ignore"):  # exp(-gate) overflows to inf where silu(gate) is 0
-        return (gate / (1 + np.exp(-gate)) * up).astype(gate_up.dtype)
+        return _stored(gate / (1 + np.exp(-gate)) * up, gate_up.dtype, quantized)
 
 
 def log_probs(
@@ -211,6 +267,14 @@ def log_probs(
     log_sum = np.log(np.exp(logits - peak[:, None]).sum(axis=1)) + peak
     out[0, wanted] = logits[target_row, target_token[wanted]] - log_sum[target_row]
     out[1, wanted] = logits.argmax(axis=1)[target_row] == target_token[wanted]
+
+
+def _stored(x32: np.ndarray, dtype: np.dtype, quantized: bool) -> np.ndarray | Quantized:
+    return quantize(x32) if quantized else x32.astype(dtype)
+
+
+def _unscaled(values: np.ndarray) -> np.ndarray:
+    return values.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 def _float32(x: np.ndarray) -> np.ndarray:

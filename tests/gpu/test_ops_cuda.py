@@ -60,6 +60,20 @@ def assert_close(out, expected, tolerance=None):
     assert error <= tolerance, f"{error=:.3g} {tolerance=}"
 
 
+def assert_quantized(out, expected):
+    """As the reference does it, but where float32 sums put a number to the other side of a tie."""
+    expected = reference.quantize(expected.astype(np.float32))
+    scale, values = host(out.scale), host(out.values)
+    np.testing.assert_allclose(scale, expected.scale, rtol=1e-5)
+    got, want = (
+        x.view(ml_dtypes.float8_e4m3fn).astype(np.float32) for x in (values, expected.values)
+    )
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    apart = np.nan_to_num(np.abs(got - want))
+    assert (apart <= np.maximum(np.abs(np.nan_to_num(want)) / 7.9, 2**-9)).all()  # one step at most
+    assert np.count_nonzero(apart) <= 1 + 0.002 * apart.size
+
+
 def assert_same_bits(a, b):
     a, b = (x if isinstance(x, np.ndarray) else host(x) for x in (a, b))
     assert a.dtype == b.dtype and a.shape == b.shape
@@ -77,10 +91,10 @@ def test_arrays_travel(rng, dtype):
 
 @every_dtype
 @pytest.mark.parametrize("tokens, hidden", [(1, 96), (7, 331), (33, 6656), (0, 96), (3, 8193)])
-def test_embedding(rng, dtype, tokens, hidden):
+def test_gather(rng, dtype, tokens, hidden):
     weight = normal(rng, (50, hidden), dtype)
     ids = rng.integers(0, 50, tokens).astype(np.int32)
-    out = cuda.embedding(cuda.to_device(ids), cuda.to_device(weight))
+    out = cuda.gather(cuda.to_device(ids), cuda.to_device(weight))
     np.testing.assert_array_equal(host(out), weight[ids])
 
 
@@ -89,14 +103,11 @@ def test_embedding(rng, dtype, tokens, hidden):
 @pytest.mark.parametrize("tokens", [1, 37])
 def test_rmsnorm(rng, dtype, tokens, hidden):
     x, weight = normal(rng, (tokens, hidden), dtype, 3), normal(rng, hidden, dtype)
-    rows = rng.integers(0, tokens, 11).astype(np.int32)
     x_device, weight_device = cuda.to_device(x), cuda.to_device(weight)
-    out = cuda.rmsnorm(x_device, weight_device, 1e-6)
-    assert_close(out, reference.rmsnorm(wide(x), wide(weight), 1e-6))
-    gathered = cuda.rmsnorm(x_device, weight_device, 1e-6, cuda.to_device(rows))
-    assert_same_bits(gathered, host(out)[rows])
-    none = cuda.rmsnorm(x_device, weight_device, 1e-6, cuda.to_device(rows[:0]))
-    assert none.shape == (0, hidden)
+    expected = reference.rmsnorm(wide(x), wide(weight), 1e-6)
+    assert_close(cuda.rmsnorm(x_device, weight_device, 1e-6), expected)
+    assert_quantized(cuda.rmsnorm(x_device, weight_device, 1e-6, quantized=True), expected)
+    assert cuda.rmsnorm(x_device[:0], weight_device, 1e-6).shape == (0, hidden)
 
 
 LINEAR_SHAPES = [(1, 96, 64), (37, 331, 127), (512, 4096, 1024), (130, 1000, 331)]
@@ -129,7 +140,66 @@ def test_linear_float32_out(rng, dtype, with_bias):
     out = cuda.linear(cuda.to_device(x), cuda.to_device(weight), bias_device, out_dtype=np.float32)
     expected = wide(x).astype(np.float64) @ wide(weight).astype(np.float64).T
     assert out.dtype == np.float32
-    assert_close(out, expected + (wide(bias) if with_bias else 0), 3e-6)
+    assert_close(out, expected + (wide(bias) if with_bias else 0), 1e-5)
+
+
+@every_dtype
+@pytest.mark.parametrize("rows, columns", [(1, 16), (7, 331), (33, 17920), (5, 4096), (0, 64)])
+def test_quantize(rng, dtype, rows, columns):
+    x = normal(rng, (rows, columns), dtype) * (10.0 ** rng.integers(-3, 3, (rows, 1))).astype(dtype)
+    if rows > 2:
+        x[1] = 0
+        x[2, 3], x[3, 5] = np.nan, np.inf
+    out = cuda.quantize(cuda.to_device(x))
+    expected = reference.quantize(x)
+    np.testing.assert_array_equal(host(out.scale), expected.scale)
+    np.testing.assert_array_equal(host(out.values) & 127, expected.values & 127)  # -0 is 0
+    given = cuda.Quantized(cupy.zeros((rows, columns), np.uint8), cupy.zeros(rows, np.float32))
+    assert cuda.quantize(cuda.to_device(x), given) is given
+    np.testing.assert_array_equal(host(given.values), host(out.values))
+
+
+FP8_SHAPES = [(16, 64, 32), (1, 4096, 1024), (37, 352, 128), (512, 11008, 4096), (1024, 6656, 6656)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("tokens, depth, width", FP8_SHAPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_linear_quantized(rng, dtype, tokens, depth, width, with_residual):
+    x, weight = normal(rng, (tokens, depth), dtype), normal(rng, (width, depth), dtype)
+    scale = (10.0 ** rng.uniform(-1, 1, (width, 1))).astype(np.float32)
+    residual = normal(rng, (tokens, width), dtype, 5) if with_residual else None
+    quantized = cuda.quantize(cuda.to_device((weight * scale).astype(dtype)))
+    rounded = cuda.quantize(cuda.to_device(x))
+    given = None if residual is None else cuda.to_device(residual)
+    out = cuda.linear(rounded, quantized, None, given, dtype)
+    wide_x, wide_weight = (
+        reference.dequantize(cuda.Quantized(host(q.values), host(q.scale))).astype(np.float64)
+        for q in (rounded, quantized)
+    )
+    expected = wide_x @ wide_weight.T + (0 if residual is None else wide(residual))
+    # sums of about 14 bits; what e4m3 itself costs is ten times as much
+    assert_close(out, expected, max(TOLERANCE[dtype.name], 4e-3))
+    if residual is None:
+        assert_same_bits(cuda.linear(cuda.to_device(x), quantized), out)
+
+
+def test_linear_quantized_row_bits_do_not_depend_on_place(rng):
+    x, weight = normal(rng, (1024, 4096), np.float16), normal(rng, (1024, 4096), np.float16)
+    quantized, order = cuda.quantize(cuda.to_device(weight)), rng.permutation(1024)
+    out = cuda.linear(cuda.to_device(x), quantized)
+    moved = cuda.linear(cuda.to_device(x[order]), quantized)
+    assert_same_bits(moved, host(out)[order])
+
+
+@every_dtype
+def test_linear_of_unaligned_arrays(rng, dtype):
+    x, weight = normal(rng, (64, 128), dtype), normal(rng, (96, 128), dtype)
+    whole = cupy.empty(x.size + 24, dtype)
+    shifted = whole[8 : 8 + x.size].reshape(x.shape)
+    shifted.set(x)
+    expected = wide(x).astype(np.float64) @ wide(weight).astype(np.float64).T
+    assert_close(cuda.linear(shifted, cuda.to_device(weight)), expected)
 
 
 @every_dtype
@@ -165,7 +235,9 @@ def test_rope(rng, dtype, head_dim, tokens, heads, kv_heads):
 def test_swiglu(rng, dtype, tokens, intermediate):
     gate_up = normal(rng, (tokens, 2 * intermediate), dtype, 4)
     out = cuda.swiglu(cuda.to_device(gate_up))
-    assert_close(out, reference.swiglu(wide(gate_up)))
+    expected = reference.swiglu(wide(gate_up))
+    assert_close(out, expected)
+    assert_quantized(cuda.swiglu(cuda.to_device(gate_up), quantized=True), expected)
 
 
 @every_dtype
@@ -282,7 +354,7 @@ def test_attention(rng, dtype, head_dim, rows, longest, tokens):
         qkv = normal(rng, (tokens, (heads + 2 * kv_heads) * head_dim), dtype)
         expected = dense_attention(qkv, batch, heads, kv_heads)
         for attention in attentions(dtype):
-            out = attention(cuda.to_device(qkv), cuda.upload(batch), heads, kv_heads)
+            out = attention(cuda.to_device(qkv), cuda.upload(batch), None, None, heads, kv_heads)
             assert_close(out, expected)
 
 
@@ -295,7 +367,7 @@ def test_attention_over_long_rows(rng, dtype, head_dim):
     qkv = normal(rng, (3500, 4 * head_dim), dtype, 2)  # sharp softmax: the peak moves
     expected = dense_attention(qkv, batch, 2, 1)
     for attention in attentions(dtype):
-        out = attention(cuda.to_device(qkv), cuda.upload(batch), 2, 1)
+        out = attention(cuda.to_device(qkv), cuda.upload(batch), None, None, 2, 1)
         assert_close(out, expected)
 
 
@@ -306,7 +378,7 @@ def test_attention_row_bits_do_not_depend_on_company(rng, dtype, head_dim):
     batch = forest(rng, 30, 200, 2048)[0]
     qkv = normal(rng, (2048, (heads + 2 * kv_heads) * head_dim), dtype)
     for attention in attentions(dtype):
-        together = attention(cuda.to_device(qkv), cuda.upload(batch), heads, kv_heads)
+        together = attention(cuda.to_device(qkv), cuda.upload(batch), None, None, heads, kv_heads)
         together = host(together)
         for s in range(len(batch.segment_start) - 1):
             first, last = batch.segment_start[s : s + 2]
@@ -314,7 +386,7 @@ def test_attention_row_bits_do_not_depend_on_company(rng, dtype, head_dim):
             row = TokenRow(list(range(len(places) + 1)), 1, 0)
             (lonely,) = pack([row], len(places), 1)
             own = cuda.to_device(qkv[places])
-            alone = host(attention(own, cuda.upload(lonely), heads, kv_heads))
+            alone = host(attention(own, cuda.upload(lonely), None, None, heads, kv_heads))
             assert_same_bits(alone[len(places) - (last - first) :], together[first:last])
 
 
@@ -324,7 +396,7 @@ def test_attention_over_many_tiles(rng, heads):
     (batch,) = pack([TokenRow([i, 0], 1, i) for i in range(70_000)], 70_000, 1)
     qkv = normal(rng, (70_000, 3 * heads * 32), np.float16)
     for attention in attentions(qkv.dtype):
-        out = attention(cuda.to_device(qkv), cuda.upload(batch), heads, heads)
+        out = attention(cuda.to_device(qkv), cuda.upload(batch), None, None, heads, heads)
         # equal, but not in the sign of a zero: -0 added to what a tile has of zeros is 0
         np.testing.assert_array_equal(host(out), qkv[:, 2 * heads * 32 :])
 
@@ -336,7 +408,7 @@ def test_attention_ignores_other_segments(rng):
     qkv = normal(rng, (300, 4 * 64), np.float16)
     qkv[100:200] = np.nan
     for attention in attentions(qkv.dtype):
-        out = host(attention(cuda.to_device(qkv), cuda.upload(batch), 2, 1))
+        out = host(attention(cuda.to_device(qkv), cuda.upload(batch), None, None, 2, 1))
         assert np.isfinite(out[:100]).all() and np.isfinite(out[200:]).all()
         assert np.isnan(out[100:200]).all()
 
