@@ -17,8 +17,8 @@ from pathlib import Path
 
 import click
 import numpy as np
-from shapes import SHAPES, model_config, random_stage
 
+from cupyllama.bench.shapes import SHAPES, model_config, random_stage
 from cupyllama.checkpoint.stages import split_layers
 from cupyllama.evaluate import ChoiceScores, plan
 from cupyllama.parallel import pipeline

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from cupyllama import __version__
+from cupyllama.cli_bench import bench
 from cupyllama.errors import CupyllamaError
 
 INTERRUPTED = 130
@@ -272,40 +273,7 @@ def doctor() -> None:
             click.echo(f"  {'':<10} {finding.remedy}")
 
 
-@cli.group()
-def bench() -> None:
-    """Measure and predict speed.
-
-    \b
-      cupyllama bench pipeline results.json
-    """
-
-
-@bench.command("pipeline")
-@click.argument("results", type=_FILE)
-@click.option("--ranks-per-host", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--link-gbs", type=float, help="GB/s between ranks of a host.  [default: measured]")
-@click.option("--network-gbs", type=float, default=25.0, show_default=True, help="Between hosts.")
-def bench_pipeline(
-    results: Path, ranks_per_host: int, link_gbs: float | None, network_gbs: float
-) -> None:
-    """Predict a measured run on 1 to 64 ranks and several hosts, one GPU a rank.
-
-    RESULTS is what `score --output` wrote: it has the times of the stages and links.
-
-    \b
-      cupyllama bench pipeline results.json --ranks-per-host 4
-    """
-    from cupyllama.bench.pipeline import predict, read_run
-
-    run = read_run(results)
-    click.echo(f"measured: {run.ranks} ranks, {run.seconds:.1f} s")
-    click.echo(f"{'ranks':>6}{'hosts':>7}{'seconds':>10}{'questions/s':>13}{'bubble':>9}")
-    for line in predict(run, ranks_per_host, link_gbs, network_gbs):
-        click.echo(
-            f"{line.ranks:>6}{line.hosts:>7}{line.seconds:>10.2f}"
-            f"{line.questions_per_second:>13,.1f}{100 * line.bubble:>8.1f}%"
-        )
+cli.add_command(bench)
 
 
 def main() -> None:

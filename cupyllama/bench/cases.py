@@ -1,0 +1,296 @@
+"""Every kernel as a bench sees it: how it is launched, checked, and what it cannot do without."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from cupyllama.bench.measure import Launch, check, on_host
+from cupyllama.bench.shapes import WEIGHT_DEVIATION, random_array
+from cupyllama.config import ModelConfig
+from cupyllama.model.rope import rope_tables
+from cupyllama.ops import reference
+from cupyllama.packing import MicroBatch
+from cupyllama.quantized import Quantized
+
+CHECKED_ROWS = 64  # of each result
+CHECKED_SEGMENTS = 16  # of attention: NumPy takes a second for those with many heads and keys
+_INDEX = 4  # bytes of an int32 or a float32
+
+
+class Work(NamedTuple):
+    """What a launch cannot do without: each operand read once, each result written once."""
+
+    nbytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all kernels of one shape are given."""
+
+    config: ModelConfig
+    dtype: np.dtype
+    ops: Any
+    batch: MicroBatch
+
+    @property
+    def tokens(self) -> int:
+        return len(self.batch.token_ids)
+
+    def values(self, *shape: int, seed: int = 1, deviation: float = 1.0) -> Any:
+        """Random numbers on the device."""
+        return random_array(shape, self.dtype, seed, deviation)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one shape."""
+
+    name: str
+    launch: Launch
+    check: Callable[[], None]  # launches it once and compares some of the result
+    work: Work
+    on_matrix_units: bool = False
+
+
+def gather_work(rows: int, columns: int, itemsize: int) -> Work:
+    """A row's number read, the row read and written."""
+    return Work(rows * (_INDEX + 2 * columns * itemsize), 0)
+
+
+def gather(setting: Setting) -> Case:
+    ops, vocab, hidden = setting.ops, setting.config.vocab_size, setting.config.hidden_size
+    table = setting.values(vocab, hidden, deviation=WEIGHT_DEVIATION)
+    ids = ops.to_device(setting.batch.token_ids)
+    launch = partial(ops.gather, ids, table)
+
+    def checked() -> None:
+        some = _some(setting.tokens)
+        expected = np.stack([_host(table[row]) for row in setting.batch.token_ids[some]])
+        check("gather", launch()[some], expected, setting.dtype)
+
+    return Case("gather", launch, checked, gather_work(setting.tokens, hidden, table.itemsize))
+
+
+def quantize_work(rows: int, columns: int, itemsize: int) -> Work:
+    """A row read, a byte an element and a scale written; a comparison and a product."""
+    return Work(rows * (columns * (itemsize + 1) + _INDEX), 2 * rows * columns)
+
+
+def quantize(setting: Setting) -> Case:
+    wide = setting.config.q_size  # of what attention leaves, the one that no kernel quantizes
+    x = setting.values(setting.tokens, wide)
+    launch = partial(setting.ops.quantize, x)
+
+    def checked() -> None:
+        some = _some(setting.tokens)
+        _check_rows("quantize", launch(), some, reference.quantize(_host(x[some])), setting.dtype)
+
+    return Case("quantize", launch, checked, quantize_work(setting.tokens, wide, x.itemsize))
+
+
+def rmsnorm_work(tokens: int, hidden: int, itemsize: int, quantized: bool = False) -> Work:
+    """A row read and written, the weight read; a square, a sum and two products an element."""
+    read, flops = (tokens + 1) * hidden * itemsize, 4 * tokens * hidden
+    return _written(Work(read, flops), tokens, hidden, itemsize, quantized)
+
+
+def rmsnorm(setting: Setting, quantized: bool = False) -> Case:
+    name = "rmsnorm, fp8" if quantized else "rmsnorm"
+    hidden, eps = setting.config.hidden_size, setting.config.rms_norm_eps
+    x, weight = setting.values(setting.tokens, hidden), setting.values(hidden, seed=2)
+    launch = partial(setting.ops.rmsnorm, x, weight, eps, quantized)
+
+    def checked() -> None:
+        some = _some(setting.tokens)
+        expected = reference.rmsnorm(_host(x[some]), _host(weight), eps, quantized)
+        _check_rows(name, launch(), some, expected, setting.dtype)
+
+    work = rmsnorm_work(setting.tokens, hidden, x.itemsize, quantized)
+    return Case(name, launch, checked, work)
+
+
+def rope_work(tokens: int, rotated: int, itemsize: int) -> Work:
+    """The `rotated` elements of q and k read and written, a position read; tables stay in a cache.
+
+    Four products and two sums turn two elements.
+    """
+    return Work(tokens * (_INDEX + 2 * rotated * itemsize), 3 * tokens * rotated)
+
+
+def rope(setting: Setting) -> Case:
+    ops, config = setting.ops, setting.config
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    qkv = setting.values(setting.tokens, config.qkv_size)
+    positions = setting.batch.positions
+    tables = rope_tables(config, int(positions.max()) + 1)
+    on_device = [ops.to_device(array) for array in (positions, *tables)]
+    launch = partial(ops.rope, qkv, *on_device, *heads)
+
+    def checked() -> None:
+        some = _some(setting.tokens)
+        before = _host(qkv[some])  # rotated in place
+        expected = reference.rope(before, positions[some], *tables, *heads)
+        check("rope", launch()[some], expected, setting.dtype)
+
+    work = rope_work(setting.tokens, config.q_size + config.kv_size, qkv.itemsize)
+    return Case("rope", launch, checked, work)
+
+
+def attention_work(batch: MicroBatch, config: ModelConfig, itemsize: int) -> Work:
+    """q, k, v read, the mix written, key_index read; a key that many queries see comes once.
+
+    For each query, each key that it sees and each of its head's elements: a product and a sum for
+    the score, the same for the mix. Of n queries over k keys the i-th sees k - n + i + 1.
+    """
+    n, k = (np.diff(starts).astype(int) for starts in (batch.segment_start, batch.key_start))
+    seen = int((n * (k - n) + n * (n + 1) // 2).sum())
+    row = (config.qkv_size + config.q_size) * itemsize
+    return Work(
+        len(batch.token_ids) * row + len(batch.key_index) * _INDEX, 4 * seen * config.q_size
+    )
+
+
+def attention(setting: Setting, name: str = "attention") -> Case:
+    """With the rotation of q and k, which is done in place."""
+    ops, config, batch = setting.ops, setting.config, setting.batch
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    qkv, uploaded = setting.values(setting.tokens, config.qkv_size), ops.upload(batch)
+    tables = rope_tables(config, int(batch.positions.max()) + 1)
+    launch = partial(ops.attention, qkv, uploaded, *map(ops.to_device, tables), *heads)
+
+    def checked() -> None:
+        before, out = qkv.copy(), launch()
+        segments = len(batch.segment_start) - 1
+        for segment in range(0, segments, -(-segments // CHECKED_SEGMENTS)):
+            alone, keys = one_segment(batch, segment)
+            rows = _host(ops.gather(ops.to_device(keys), before))
+            first, last = batch.segment_start[segment : segment + 2].tolist()
+            expected = reference.attention(rows, alone, *tables, *heads)[first - last :]
+            check(f"{name}, segment {segment},", out[first:last], expected, setting.dtype)
+
+    work = attention_work(batch, config, qkv.itemsize)
+    return Case(name, launch, checked, work, on_matrix_units=True)
+
+
+def one_segment(batch: MicroBatch, segment: int) -> tuple[MicroBatch, np.ndarray]:
+    """A micro-batch of one segment's keys in row order, its own tokens last; and their places."""
+    keys = batch.key_index[batch.key_start[segment] : batch.key_start[segment + 1]]
+    queries = int(np.diff(batch.segment_start)[segment])
+    alone = replace(
+        batch,
+        token_ids=batch.token_ids[keys],
+        positions=batch.positions[keys],
+        segment_start=np.array([len(keys) - queries, len(keys)], np.int32),
+        key_start=np.array([0, len(keys)], np.int32),
+        key_index=np.arange(len(keys), dtype=np.int32),
+    )
+    return alone, keys
+
+
+def swiglu_work(tokens: int, intermediate: int, itemsize: int, quantized: bool = False) -> Work:
+    """gate and up read, their mix written; an exponential, a sum, a quotient and a product."""
+    read, flops = 2 * tokens * intermediate * itemsize, 4 * tokens * intermediate
+    return _written(Work(read, flops), tokens, intermediate, itemsize, quantized)
+
+
+def swiglu(setting: Setting, quantized: bool = False) -> Case:
+    name = "swiglu, fp8" if quantized else "swiglu"
+    intermediate = setting.config.intermediate_size
+    gate_up = setting.values(setting.tokens, 2 * intermediate)
+    launch = partial(setting.ops.swiglu, gate_up, quantized)
+
+    def checked() -> None:
+        some = _some(setting.tokens)
+        expected = reference.swiglu(_host(gate_up[some]), quantized)
+        _check_rows(name, launch(), some, expected, setting.dtype)
+
+    work = swiglu_work(setting.tokens, intermediate, gate_up.itemsize, quantized)
+    return Case(name, launch, checked, work)
+
+
+def bias_work(tokens: int, wide: int, itemsize: int) -> Work:
+    """A row read and written, the bias read; a sum an element."""
+    return Work((2 * tokens + 1) * wide * itemsize, tokens * wide)
+
+
+def bias(setting: Setting) -> Case:
+    wide = setting.config.qkv_size
+    rows, vector = setting.values(setting.tokens, wide), setting.values(wide, seed=2)
+
+    def launch() -> Any:
+        setting.ops._put_bias(rows, vector, add=True)
+        return rows
+
+    def checked() -> None:
+        some = _some(setting.tokens)
+        expected = _host(rows[some]) + _host(vector)  # in place
+        check("bias", launch()[some], expected, setting.dtype)
+
+    return Case("bias", launch, checked, bias_work(setting.tokens, wide, rows.itemsize))
+
+
+def log_probs_work(rows: int, vocab: int, targets: int) -> Work:
+    """Logits and targets read, two numbers a target written.
+
+    A comparison, a difference, an exponential and a sum a logit.
+    """
+    return Work(_INDEX * (rows * vocab + rows + 1 + 3 * targets), 4 * rows * vocab)
+
+
+def log_probs(setting: Setting) -> Case:
+    ops, vocab, batch = setting.ops, setting.config.vocab_size, setting.batch
+    rows = min(ops.LOGIT_CHUNK, len(batch.logit_rows))
+    logits = random_array((rows, vocab), np.dtype(np.float32), 1, 3.0)
+    start, token = batch.target_start[: rows + 1], batch.target_token
+    out = ops.to_device(np.zeros((2, len(token)), np.float32))
+    arguments = (logits, ops.to_device(start), ops.to_device(token), out)
+
+    def launch() -> Any:
+        ops.log_probs(*arguments)
+        return out
+
+    def checked() -> None:
+        some, expected = min(CHECKED_ROWS, rows), np.zeros(out.shape, np.float32)
+        reference.log_probs(_host(logits[:some]), start[: some + 1], token, expected)
+        wanted = slice(0, int(start[some]))
+        check("log_probs", launch()[:, wanted], expected[:, wanted], logits.dtype)
+
+    return Case("log_probs", launch, checked, log_probs_work(rows, vocab, int(start[-1])))
+
+
+EACH = (gather, rmsnorm, rope, attention, swiglu, bias, log_probs)
+EIGHT_BIT = (quantize, partial(rmsnorm, quantized=True), partial(swiglu, quantized=True))
+
+
+def _written(work: Work, rows: int, columns: int, itemsize: int, quantized: bool) -> Work:
+    """`work`, and what it takes to write its result."""
+    if quantized:
+        quantizing = quantize_work(rows, columns, 0)
+        return Work(work.nbytes + quantizing.nbytes, work.flops + quantizing.flops)
+    return Work(work.nbytes + rows * columns * itemsize, work.flops)
+
+
+def _check_rows(
+    name: str, got: Any, some: slice, expected: np.ndarray | Quantized, dtype: np.dtype
+) -> None:
+    """Compare `some` rows of what was got, which may be quantized."""
+    if isinstance(expected, Quantized):
+        rows = Quantized(*(on_host(part[some]) for part in (got.values, got.scale)))
+        got, expected = reference.dequantize(rows), reference.dequantize(expected)
+        check(name, got, expected, np.dtype(ml_dtypes.float8_e4m3fn))
+    else:
+        check(name, got[some], expected, dtype)
+
+
+def _some(rows: int) -> slice:
+    """Every so many-th row: at most CHECKED_ROWS of them, the first among them."""
+    return slice(0, None, -(-rows // CHECKED_ROWS))
+
+
+def _host(array: Any) -> np.ndarray:
+    return on_host(array).astype(np.float32)

@@ -1,0 +1,159 @@
+"""Each bench on a tiny shape: figures that can be, and a wrong kernel noticed."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from cupyllama.bench import measure, shapes
+from cupyllama.cli import cli
+from cupyllama.kernels import FP8_ARCH
+from cupyllama.quantized import Quantized
+
+cupy = pytest.importorskip("cupy")
+cuda = pytest.importorskip("cupyllama.ops.cuda")
+
+pytestmark = pytest.mark.gpu
+
+# Sizes that 8-bit products allow; four heads of 64, two for each key-value head.
+TINY = (3, 256, 512, 4, 2, 1024)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(measure, "FLUSH_BYTES", 128 << 20)
+    monkeypatch.setattr(measure, "COPY_BYTES", 128 << 20)
+    yield
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+def bench(*arguments):
+    return CliRunner().invoke(cli, ["bench", *map(str, arguments), "--shape", "tiny"])
+
+
+def measured(path, *arguments):
+    result = bench(*arguments, "--json", path)
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    found = json.loads(path.read_text())
+    assert found["bench"] == arguments[0] and found["gpu"] and found["versions"]["cupy"]
+    return found, result.stdout
+
+
+def has_fp8():
+    return int(cupy.cuda.Device().compute_capability) >= FP8_ARCH
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_kernels(tmp_path, dtype):
+    arguments = ["--dtype", dtype, "--micro-batch-tokens", 2048, "--repeats", 5]
+    found, text = measured(tmp_path / "out.json", "kernels", *arguments)
+    names = ["gather", "rmsnorm", "rope", "attention", "swiglu", "bias", "log_probs"]
+    names += ["quantize", "rmsnorm, fp8", "swiglu, fp8"] if has_fp8() else []
+    assert [run["kernel"] for run in found["runs"]] == [*names, "attention, few-shot"]
+    assert found["copy_bytes_per_second"] > 1e10 and found["gemm_tflops"] > 0
+    for run in found["runs"]:
+        assert 1e-7 < run["seconds"] < 1e-2, run
+        assert run["bytes"] > 0 and run["bytes_per_second"] < 1e14 and run["of_ceiling"] > 0, run
+        assert run["kernel"] in text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "fp8"])
+def test_gemm(tmp_path, dtype):
+    if dtype == "fp8" and not has_fp8():
+        assert bench("gemm", "--dtype", "fp8").exit_code == 5
+        return
+    arguments = ["--dtype", dtype, "--tokens", 128, "--tokens", 32, "--repeats", 2]
+    found, _ = measured(tmp_path / "out.json", "gemm", *arguments)
+    products = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
+    assert [run["product"] for run in found["runs"][::2]] == products
+    for run in found["runs"]:
+        assert set(run["seconds"]) == ({"gemm"} if dtype == "fp8" else {"gemm", "gemmEx"})
+        assert all(1e-7 < seconds < 1e-2 for seconds in run["seconds"].values()), run
+
+
+def test_score(tmp_path):
+    sizes = ["--micro-batch-tokens", 512, "--micro-batch-tokens", 1024]
+    arguments = ["--questions", 40, "--repeats", 2, *sizes]
+    found, text = measured(tmp_path / "out.json", "score", *arguments)
+    assert found["questions"] == 40 and len(found["runs"]) == 2
+    for run in found["runs"]:
+        assert len(run["seconds"]) == 2 and min(run["seconds"]) > 0
+        assert run["questions_per_second"] > 0 and 0 < run["efficiency"] < 1.5
+        assert run["tokens_asked"] > run["tokens_computed"] > 0
+        assert run["peak_memory_bytes"] > 3 * 2 * 256 * 512 * 3  # of the weights alone
+        spent = run["breakdown"]
+        assert {"linear qkv_proj", "attention", "swiglu"} <= set(spent["layer"])
+        parts = 2 * sum(spent["layer"].values()) + sum(spent["rest"].values())
+        assert 0 < parts <= 1.05 * spent["seconds"]
+    assert "linear gate_up_proj" in text
+
+
+def test_load(tmp_path):
+    found, _ = measured(tmp_path / "out.json", "load", "--folder", tmp_path, "--repeats", 2)
+    assert found["bytes"] > 1e6 and found["runs"][0]["of_pinned_copy"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json"]
+
+
+def test_the_watch_agrees_with_the_copy():
+    source, target = cupy.zeros(256 << 20, cupy.uint8), cupy.empty(256 << 20, cupy.uint8)
+    watch = measure.Stopwatch(10)
+    seconds = watch.seconds(lambda: target.data.copy_from_device_async(source.data, source.nbytes))
+    assert 2 * source.nbytes / seconds == pytest.approx(measure.copy_rate(), rel=0.3)
+
+
+def test_what_does_not_fit(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (1000, 16384, 65536, 128, 128, 32000))
+    result = bench("score")
+    assert result.exit_code == 5 and "GB for its weights" in result.stderr
+
+
+def off(out):
+    """One in ten numbers wrong by a half."""
+    if isinstance(out, Quantized):
+        out.scale[::10] *= 1.5
+    else:
+        out.reshape(-1)[::10] *= out.dtype.type(1.5)
+    return out
+
+
+@pytest.mark.parametrize(
+    "operation, also",
+    [
+        *(("gather", ""), ("rmsnorm", ""), ("rope", ""), ("attention", ""), ("swiglu", "")),
+        *(("log_probs", ""), ("quantize", "fp8"), ("rmsnorm", "fp8"), ("swiglu", "fp8")),
+    ],
+)
+def test_a_wrong_kernel_is_named(monkeypatch, operation, also):
+    if also and not has_fp8():
+        pytest.skip("no fp8")
+    right = getattr(cuda, operation)
+
+    def wrong(*args, **kwargs):
+        out = right(*args, **kwargs)
+        if operation == "log_probs":
+            off(args[-1])
+        elif isinstance(out, Quantized) or not also:
+            off(out)
+        return out
+
+    monkeypatch.setattr(cuda, operation, wrong)
+    result = bench("kernels", "--micro-batch-tokens", 2048, "--repeats", 2)
+    assert result.exit_code == 1, result.output
+    name = f"{operation}, fp8" if also and operation != "quantize" else operation
+    # attention rotates: it is wrong too where `rope` is, but comes after it
+    assert result.stderr.startswith(f"cupyllama: {name}") and "is wrong" in result.stderr
+
+
+def test_a_wrong_product_is_named(monkeypatch):
+    from cupyllama.ops import gemm as module
+
+    right = module.gemm
+
+    def wrong(y, x, weight, accumulate=False):
+        right(y, x, weight, accumulate)
+        off(y)
+
+    monkeypatch.setattr(module, "gemm", wrong)
+    result = bench("gemm", "--tokens", 64)
+    assert result.exit_code == 1 and result.stderr.startswith("cupyllama: gemm (qkv_proj of tiny)")
