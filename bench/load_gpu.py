@@ -3,10 +3,11 @@
     python bench/load_gpu.py --folder /tmp --layers 32 --json out.json
 
 A synthetic checkpoint of a published shape (LLaMA-7B in float16: 13.5 GB) is written,
-read once to warm the page cache, and loaded with several numbers of threads, sizes of pieces,
-buffers a thread and both ways to wait for a copy, in turn with copies of as many bytes from one
-pinned buffer. A load begins with an empty memory pool, so it pays for the allocation of what it
-fills and of its pinned buffers, as in a run of the engine; the copy does not.
+read once to warm the page cache, and loaded with several numbers of threads, sizes of pieces and
+buffers a thread, in turn with copies of as many bytes from one pinned buffer. A load begins with an
+empty memory pool, so it pays for the allocation of what it fills and of its pinned buffers, as in a
+run of the engine; the copy does not. With --quantize fp8 the bytes are still those of the files:
+they cross the bus, and are quantized on the device.
 """
 
 import gc
@@ -16,6 +17,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -30,19 +32,21 @@ import numpy as np
 from cupy.cuda import runtime
 from shapes import SHAPES, model_config
 
+from cupyllama.checkpoint.e4m3 import quantize_rows
 from cupyllama.checkpoint.llama import stage_bytes, stage_fields
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
-from cupyllama.checkpoint.source import DTYPES
+from cupyllama.checkpoint.source import DTYPES, numpy_dtype
 from cupyllama.config import ModelConfig
-from cupyllama.loading import BUFFERS, PIECE_BYTES, THREADS, Worker, for_each, load_stage
+from cupyllama.crew import Worker, for_each
+from cupyllama.loading import BUFFERS, PIECE_BYTES, THREADS, load_stage
 from cupyllama.model.llama import StageWeights
 from cupyllama.ops import cuda
-from cupyllama.ops.transfer import device_writers
+from cupyllama.ops.transfer import DeviceWriter, device_writers
 from cupyllama.parallel.devices import choose_device, storage_dtype
 from cupyllama.provenance import versions
+from cupyllama.quantized import Quantized
 
 PINNED_BYTES = 256 << 20
-WAITING = ("spinning", "blocking")
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,11 @@ class Setting:
     threads: int
     piece_bytes: int
     buffers: int
-    blocking: bool
 
     def __str__(self) -> str:
         return (
             f"threads={self.threads:2}, piece={self.piece_bytes >> 10:5} KiB, "
-            f"buffers={self.buffers}, {'blocking' if self.blocking else 'spinning'}"
+            f"buffers={self.buffers}"
         )
 
 
@@ -125,36 +128,39 @@ def pinned_rate(nbytes: int, pinned: np.ndarray, device: cupy.ndarray) -> float:
     return times * pinned.nbytes / (time.perf_counter() - begin)
 
 
-def allocation_seconds(config: ModelConfig, dtype: np.dtype) -> float:
-    """What the allocation of the arrays alone takes, from an empty pool."""
+def allocation_seconds(nbytes: int) -> float:
+    """What the allocation of the stage alone takes, from an empty pool."""
     empty_pool()
     begin = time.perf_counter()
-    layers = range(config.num_hidden_layers)
-    arrays = [cuda.empty(field.shape, dtype) for _, field in stage_fields(config, layers)]
+    array = cuda.empty((nbytes,), np.uint8)
     seconds = time.perf_counter() - begin
-    del arrays
+    del array
     return seconds
 
 
 def writer_seconds(setting: Setting) -> float:
     """What it takes to make the threads of a load with their pinned buffers, and to end them."""
-    open_writer = device_writers(setting.piece_bytes, setting.buffers, setting.blocking)
-
-    @contextmanager
-    def worker():
-        with open_writer():
-            yield lambda job: []
-
-    return _idle_seconds(worker, setting.threads)
-
-
-def _idle_seconds(worker: Worker, threads: int) -> float:
     seconds = []
     for _ in range(2):
         begin = time.perf_counter()
-        for_each(range(threads), worker, threads)
+        size = (setting.threads, setting.buffers, setting.piece_bytes)
+        with device_writers(*size) as open_writer:
+            for_each(range(setting.threads), _pinning(open_writer), setting.threads)
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
+
+
+def _pinning(open_writer: Callable[[], DeviceWriter]) -> Worker:
+    @contextmanager
+    def worker():
+        writer = open_writer()
+        with writer:
+            for buffer in writer.buffers:
+                buffer.bytes[:] = 0  # as reading does before memory is registered
+            writer.memory.register()
+            yield lambda job: []
+
+    return worker
 
 
 def empty_pool() -> None:
@@ -170,12 +176,19 @@ def verify(weights: StageWeights, checkpoint: SafetensorsCheckpoint, config: Mod
         if layer not in (None, middle):
             continue
         array = getattr(weights if layer is None else weights.layers[layer], field.name)
-        expected, first = np.empty(field.shape, array.dtype), 0
+        stored = numpy_dtype(checkpoint.tensors[field.parts[0]])
+        dtype = stored if isinstance(array, Quantized) else array.dtype
+        expected, first = np.empty(field.shape, dtype), 0
         for name, shape in zip(field.parts, field.shapes, strict=True):
             checkpoint.read_into(name, expected[first : first + shape[0]])
             first += shape[0]
-        same = np.array_equal(array.get().view(np.uint8), expected.view(np.uint8))
-        assert same, f"{layer} {field.name} differs from the file"
+        pairs = [(array, expected)]
+        if isinstance(array, Quantized):
+            quantized = quantize_rows(expected)
+            pairs = [(array.values, quantized.values), (array.scale, quantized.scale)]
+        for found, wanted in pairs:
+            same = np.array_equal(found.get().view(np.uint8), wanted.view(np.uint8))
+            assert same, f"{layer} {field.name} differs from the file"
 
 
 @click.command()
@@ -185,29 +198,28 @@ def verify(weights: StageWeights, checkpoint: SafetensorsCheckpoint, config: Mod
 @click.option("--files", default=3)
 @click.option("--saved", type=click.Choice(["float16", "bfloat16"]), default="float16")
 @click.option("--dtype", help="What is loaded; as saved if not given.")
-@click.option("--threads", default=[8, THREADS, 14], multiple=True)
+@click.option("--quantize", type=click.Choice(["fp8"]))
+@click.option("--threads", default=[8, THREADS, 16], multiple=True)
 @click.option("--piece-kib", default=[2048, PIECE_BYTES >> 10], multiple=True)
 @click.option("--buffers", default=[BUFFERS], multiple=True, help="Of every thread.")
-@click.option("--waiting", type=click.Choice(WAITING), default=list(WAITING), multiple=True)
 @click.option("--repeats", default=2)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 def main(
-    folder, shape, layers, files, saved, dtype, threads, piece_kib, buffers, waiting, repeats, out
+    folder, shape, layers, files, saved, dtype, quantize, threads, piece_kib, buffers, repeats, out
 ):
     """Write, warm, load and print one line for each setting, the best once more at the end."""
     device = choose_device("cuda")[0]
     config = replace(model_config(shape), num_hidden_layers=layers)
     target = storage_dtype(dtype or saved)
     settings = [
-        Setting(count, kib << 10, each, way == "blocking")
-        for count, kib, each, way in product(threads, piece_kib, buffers, waiting)
+        Setting(count, kib << 10, each) for count, kib, each in product(threads, piece_kib, buffers)
     ]
     directory = Path(tempfile.mkdtemp(prefix="load_gpu-", dir=folder))
     try:
         begin = time.perf_counter()
         write_checkpoint(directory, config, storage_dtype(saved), files)
         print(f"written in {time.perf_counter() - begin:.1f} s", flush=True)
-        result = measure(directory, config, target, settings, repeats)
+        result = measure(directory, config, target, quantize, settings, repeats)
     finally:
         shutil.rmtree(directory)
     result = {
@@ -220,12 +232,15 @@ def main(
         "layers": layers,
         "saved": saved,
         "dtype": target.name,
+        "quantize": quantize,
     } | result
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(directory: Path, config, dtype, settings: list[Setting], repeats: int) -> dict:
+def measure(
+    directory: Path, config, dtype, quantize: str | None, settings: list[Setting], repeats: int
+) -> dict:
     """All loads in turn with plain copies, `repeats` times."""
     layers, paths = range(config.num_hidden_layers), sorted(directory.glob("*.safetensors"))
     nbytes = stage_bytes(config, layers, dtype)
@@ -241,13 +256,15 @@ def measure(directory: Path, config, dtype, settings: list[Setting], repeats: in
         checkpoint = SafetensorsCheckpoint(directory)
         empty_pool()
         begin = time.perf_counter()
-        weights = load_stage(checkpoint, config, layers, dtype, cuda, **asdict(setting))
+        weights = load_stage(
+            checkpoint, config, layers, dtype, cuda, **asdict(setting), quantize=quantize
+        )
         loads[setting].append(nbytes / (time.perf_counter() - begin))
         if repeat == 0 and setting in (settings[0], settings[-1]):
             verify(weights, checkpoint, config)
         del weights
     copy = statistics.median(copies)
-    allocation = allocation_seconds(config, dtype)
+    allocation = allocation_seconds(stage_bytes(config, layers, dtype, quantize))
     print(
         f"{nbytes / 1e9:.2f} GB | pinned copy {copy / 1e9:.1f} GB/s "
         f"({min(copies) / 1e9:.1f} to {max(copies) / 1e9:.1f}) | "

@@ -27,10 +27,13 @@ class BackgroundLoad:
         dtype: str,
         device: Device,
         show_progress: bool,
+        quantize: str | None = None,
     ):
+        """`quantize`: as `load_stage` takes it."""
         self._arguments = (checkpoint, config, layers, storage_dtype(dtype), device.ops)
         self._device, self._dtype = device, dtype
-        self._need = stage_bytes(config, layers, storage_dtype(dtype))
+        self._quantize = quantize
+        self._need = stage_bytes(config, layers, storage_dtype(dtype), quantize)
         self._free = device.free_bytes()
         self._show_progress = show_progress
         self._cancelled = False
@@ -84,15 +87,17 @@ class BackgroundLoad:
             bar.update(count)
 
         try:
-            self._weights = load_stage(*self._arguments, on_bytes)
+            self._weights = load_stage(*self._arguments, on_bytes, quantize=self._quantize)
         except BaseException as error:  # raised again by the thread that waits
             self._error = error
         self.ended = time.time()
         bar.close()
 
     def _too_large(self) -> DeviceError:
+        in_fp8 = "" if self._quantize is None else f" and {self._quantize}"
         return DeviceError(
-            f"the weights take {self._need / 1e9:.1f} GB in {self._dtype}, and "
+            f"the weights take {self._need / 1e9:.1f} GB in {self._dtype}{in_fp8}, and "
             f"{self._device.name} has {(self._free or 0) / 1e9:.1f} GB free",
-            "Free some memory, give a smaller --dtype, or share the layers among several devices.",
+            "Free some memory, give a smaller --dtype or --quantize fp8, or share the layers among "
+            "several devices.",
         )

@@ -114,6 +114,13 @@ def cli() -> None:
     help="Of weights and activations; sums are float32. auto: as saved, float32 on a CPU.",
 )
 @click.option(
+    "--quantize",
+    type=click.Choice(["auto", "none", "fp8"]),
+    default="auto",
+    show_default=True,
+    help="The layers' matrices, and what they multiply. auto: as they are stored.",
+)
+@click.option(
     "--micro-batch-tokens",
     type=_TokensType(),
     default="auto",
@@ -234,6 +241,13 @@ def score(
     default="auto",
     show_default=True,
     help="Of the weights written. auto: as they are stored.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["auto", "none", "fp8"]),
+    default="auto",
+    show_default=True,
+    help="The layers' matrices. auto: as they are stored.",
 )
 @click.option(
     "--layers-per-stage",

@@ -23,6 +23,7 @@ def describe_plan(
     questions: "Questions",
     split: list[range],
     grid: Grid,
+    quantize: str | None,
 ) -> str:
     """Micro-batches, the layers and bytes of each rank, and the bubble to expect."""
     rows = questions.rows
@@ -37,14 +38,13 @@ def describe_plan(
         f"{questions.task.name}: {len(questions.asked):,} questions, {len(rows.rows):,} rows "
         f"of up to {rows.longest:,} tokens, {rows.truncated:,} of them truncated",
         f"{rows.tokens_asked:,} tokens asked, {computed:,} computed "
-        f"({rows.tokens_asked / max(computed, 1):.2f} times fewer), "
-        f"{size * len(batches):,} with the padding that a GPU wants",
+        f"({rows.tokens_asked / max(computed, 1):.2f} times fewer)",
         f"{len(batches):,} micro-batches of {size:,} tokens, {activations / 1e9:.2f} GB of "
         f"activations in {dtype}",
     ]
     for rank in range(grid.replicas * grid.stages):
         layers = split[rank % grid.stages]
-        weights = stage_bytes(config, layers, storage_dtype(dtype))
+        weights = stage_bytes(config, layers, storage_dtype(dtype), quantize)
         share = len(range(rank // grid.stages, len(batches), grid.replicas))
         lines.append(
             f"rank {rank}: layers {layers.start} to {layers.stop - 1}, {weights / 1e9:.2f} GB of "

@@ -196,9 +196,12 @@ class Report:
         """One screen."""
         settings = self.settings
         bos = "with BOS" if settings["bos"] else "without BOS"
+        dtype = settings["dtype"]
+        if settings["quantize"] != "none":
+            dtype += f" and {settings['quantize']}"
         lines = [
             f"{self.task}: {self.questions:,} questions, {settings['convention']} convention {bos}",
-            f"{settings['model']} in {settings['dtype']} on {settings['device']}",
+            f"{settings['model']} in {dtype} on {settings['device']}",
             "",
             f"  {'accuracy':<12}{'%':>7}   {'± stderr':>8}   normalised",
         ]

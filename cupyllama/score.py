@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupyllama.background import BackgroundLoad
+from cupyllama.checkpoint.quantization import check_device, choose_quantization
 from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.checkpoint.stages import split_layers
 from cupyllama.compare import OtherRun, check_questions, compare, read_samples
@@ -43,6 +44,7 @@ class ScoreOptions:
     limit: float | None = None
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str = "auto"  # the matrices of the layers: none, fp8; auto: as they are stored
     micro_batch_tokens: int | None = None  # None: the default, or as many as fit
     convention: str = "lm-eval"
     bos: bool | None = None  # None: as the convention, else the tokenizer, has it
@@ -113,6 +115,7 @@ class Run:
         """Who does what on which device; begins to load."""
         options, world = self.options, self.world
         self.config = load_config(options.model)
+        self.quantize = choose_quantization(options.quantize, options.model, self.config)
         self.grid = make_grid(world, options.replicas)
         self.split = split_layers(self.config, self.grid.stages, options.layers_per_stage)
         self.layers = self.split[self.grid.stage]
@@ -129,10 +132,17 @@ class Run:
         self.device, reason = choose_device(options.device, world.local_rank, world.local_size)
         if reason and options.device == "auto":
             self.say(f"no GPU ({reason}); computing on the CPU")
+        check_device(self.quantize, self.device)
         self.dtype = choose_dtype(options.dtype, self.config.dtype, self.device)
         self.checkpoint = open_checkpoint(options.model)
         self.load = BackgroundLoad(
-            self.checkpoint, self.config, self.layers, self.dtype, self.device, self.is_printer
+            self.checkpoint,
+            self.config,
+            self.layers,
+            self.dtype,
+            self.device,
+            self.is_printer,
+            self.quantize,
         )
 
     def read_questions(self) -> None:
@@ -156,6 +166,7 @@ class Run:
             "model": self.digests["model"],
             "token rows": rows.digest(),
             "dtype": self.dtype,
+            "quantize": self.quantize,
             "kind of device": self.device.kind,
         }
         places = self.world.allgather(self.device.place)
@@ -200,6 +211,7 @@ class Run:
             "convention": self.options.convention,
             "bos": self.questions.bos,
             "dtype": self.dtype,
+            "quantize": self.quantize or "none",
             "device": self.device.name if self.device.kind == "cuda" else "cpu",
             "micro_batch_tokens": self.size,
         }
@@ -351,6 +363,7 @@ class Run:
             "convention": self.options.convention,
             "bos": self.questions.bos,
             "dtype": self.dtype,
+            "quantize": self.quantize or "none",
             "device": self.device.name,
             "replicas": self.grid.replicas,
             "stages": self.grid.stages,
@@ -360,7 +373,8 @@ class Run:
     def describe(self) -> None:
         """Print what a run would do."""
         if self.world.rank == 0:
-            print(describe_plan(self.options, self.config, self.questions, self.split, self.grid))
+            plan_of = (self.options, self.config, self.questions, self.split, self.grid)
+            print(describe_plan(*plan_of, self.quantize))
 
     def close(self) -> None:
         """End what an error may have left open."""

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
-from cupyllama.checkpoint.source import Checkpoint
+from cupyllama.checkpoint.source import DTYPES, QUANTIZED, Checkpoint, Tensor
 from cupyllama.config import ModelConfig
 from cupyllama.errors import ModelError
 
@@ -50,6 +51,15 @@ BIASES: dict[str, Part | None] = {
 }
 
 
+# The fields that --quantize is for, the stored dtypes of each kind, and what follows the names of a
+# matrix for its scales: in a stage, and in a checkpoint.
+MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+MATRIX_DTYPES = {"fp8": "F8_E4M3"}
+SCALE_DTYPE = "F32"
+SCALE = ".scale"
+_STORED_SCALE = "_scale"
+
+
 @dataclass(frozen=True)
 class Field:
     """One array of the stage: the stored tensors it stacks, and its shape."""
@@ -57,10 +67,19 @@ class Field:
     name: str
     parts: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    dtype: str | None = None  # as safetensors spells it, where it is not that of the stage
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
+
+    def array_dtype(self, dtype: np.dtype) -> np.dtype:
+        """The dtype of the array in a stage of `dtype`."""
+        return dtype if self.dtype is None else (DTYPES | QUANTIZED)[self.dtype]
+
+    def nbytes(self, dtype: np.dtype) -> int:
+        """Memory of the array in a stage of `dtype`."""
+        return prod(self.shape) * self.array_dtype(dtype).itemsize
 
 
 def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -69,12 +88,17 @@ def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
     Raises:
         ModelError: naming the file and the first missing, misshapen or unknown tensor.
     """
-    table = _table(config)
+    table = _table(config, checkpoint.quantization)
     expected: dict[str, tuple[int, ...] | None] = {}
+    dtypes: dict[str, str] = {}
     for template, part in table.items():
-        shape = None if part is None else _shape(part, config)
         for name in _names(template, config):
-            expected[name] = shape
+            expected[name] = None if part is None else _shape(part, config)
+            if (
+                part is not None
+                and (dtype := _dtype(part.field, checkpoint.quantization)) is not None
+            ):
+                dtypes[name] = dtype
     if config.tie_word_embeddings:
         expected["lm_head.weight"] = None  # some writers store the tied matrix twice
     for name, shape in expected.items():
@@ -91,6 +115,11 @@ def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
                 f"{list(shape)}",
                 "Do config.json and the weights belong to the same model?",
             )
+        if stored.dtype != dtypes.get(name, stored.dtype):
+            raise ModelError(
+                f"{stored.path}: {name} is stored as {stored.dtype}, not {dtypes[name]}",
+                "Shard the original checkpoint again.",
+            )
     for name, stored in checkpoint.tensors.items():
         if name not in expected:
             raise ModelError(
@@ -99,16 +128,22 @@ def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
             )
 
 
-def stage_fields(config: ModelConfig, layers: range) -> Iterator[tuple[int | None, Field]]:
-    """The arrays of a stage of `layers`, each with its layer, or None at the model's ends."""
+def stage_fields(
+    config: ModelConfig, layers: range, quantize: str | None = None
+) -> Iterator[tuple[int | None, Field]]:
+    """The arrays of a stage of `layers`, each with its layer, or None at the model's ends.
+
+    Args:
+        quantize: "fp8" where matrices are so; then there is another array for each one's scale.
+    """
     last = layers.stop == config.num_hidden_layers
+    ends = _fields(config, None, quantize)
     if layers.start == 0:
-        yield None, _fields(config, None)["embed_tokens"]
+        yield None, ends["embed_tokens"]
     for layer in layers:
-        for field in _fields(config, layer).values():
+        for field in _fields(config, layer, quantize).values():
             yield layer, field
     if last:
-        ends = _fields(config, None)
         yield None, ends["norm"]
         if config.tie_word_embeddings and layers.start > 0:
             yield None, ends["embed_tokens"]
@@ -116,17 +151,43 @@ def stage_fields(config: ModelConfig, layers: range) -> Iterator[tuple[int | Non
             yield None, ends["lm_head"]
 
 
-def stage_bytes(config: ModelConfig, layers: range, dtype: np.dtype) -> int:
+def stage_bytes(
+    config: ModelConfig, layers: range, dtype: np.dtype, quantize: str | None = None
+) -> int:
     """Memory of the weights of a stage."""
-    elements = sum(np.prod(field.shape, dtype=int) for _, field in stage_fields(config, layers))
-    return int(elements) * np.dtype(dtype).itemsize
+    fields = stage_fields(config, layers, quantize)
+    return sum(field.nbytes(np.dtype(dtype)) for _, field in fields)
 
 
-def _table(config: ModelConfig) -> dict[str, Part | None]:
+def stored_part(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A part of a field; of a scale that is not stored, the matrix whose it is."""
+    if name not in checkpoint.tensors and name.endswith(_STORED_SCALE):
+        name = name.removesuffix(_STORED_SCALE)
+    return checkpoint.tensors[name]
+
+
+def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the matrices of any layer."""
+    fields = _fields(config, 0, None)
+    return {name: fields[name].shape for name in MATRICES}
+
+
+def _table(config: ModelConfig, quantize: str | None) -> dict[str, Part | None]:
     table = WEIGHTS | BIASES if config.attention_bias else dict(WEIGHTS)
     if config.tie_word_embeddings:
         del table["lm_head.weight"]
+    if quantize is not None:
+        for template, part in list(table.items()):
+            if part is not None and part.field in MATRICES:
+                table[template + _STORED_SCALE] = Part(part.field + SCALE, part.shape[:1])
     return table
+
+
+def _dtype(field: str, quantize: str | None) -> str | None:
+    """What a field is always stored as, if anything."""
+    if quantize is None or field.removesuffix(SCALE) not in MATRICES:
+        return None
+    return SCALE_DTYPE if field.endswith(SCALE) else MATRIX_DTYPES[quantize]
 
 
 def _shape(part: Part, config: ModelConfig) -> tuple[int, ...]:
@@ -139,14 +200,18 @@ def _names(template: str, config: ModelConfig) -> list[str]:
     return [template.format(layer) for layer in range(config.num_hidden_layers)]
 
 
-def _fields(config: ModelConfig, layer: int | None) -> dict[str, Field]:
+def _fields(config: ModelConfig, layer: int | None, quantize: str | None) -> dict[str, Field]:
     """The table's fields of one layer (or of the model's ends), their parts gathered."""
     gathered: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for template, part in _table(config).items():
+    for template, part in _table(config, quantize).items():
         if part is not None and ("{}" in template) == (layer is not None):
             entry = (template.format(layer), _shape(part, config))
             gathered.setdefault(part.field, []).append(entry)
     return {
-        field: Field(field, *(tuple(column) for column in zip(*entries, strict=True)))
+        field: Field(
+            field,
+            *(tuple(column) for column in zip(*entries, strict=True)),
+            _dtype(field, quantize),
+        )
         for field, entries in gathered.items()
     }

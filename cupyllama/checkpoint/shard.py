@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cupyllama.checkpoint.llama import check_names, stage_fields
+from cupyllama.checkpoint.llama import Field, check_names, stage_fields, stored_part
 from cupyllama.checkpoint.meta import has_meta
 from cupyllama.checkpoint.meta_params import as_hugging_face
+from cupyllama.checkpoint.quantization import choose_quantization
 from cupyllama.checkpoint.shard_output import (
     check_output,
     check_space,
@@ -25,6 +26,7 @@ from cupyllama.checkpoint.shard_output import (
 from cupyllama.checkpoint.sharded import (
     FORMAT,
     ID_KEY,
+    QUANTIZATION,
     STAGE_KEY,
     VERSION,
     array_name,
@@ -61,6 +63,7 @@ class ShardOptions:
     stages: int
     tensor_parallel: int = 1
     dtype: str = "auto"  # auto: as stored, or float32 where the parts of an array differ
+    quantize: str = "auto"  # auto: as stored
     layers_per_stage: Sequence[int] | None = None
     force: bool = False
     quiet: bool = False
@@ -109,9 +112,10 @@ def shard(options: ShardOptions) -> Sharded:
     layers = split_layers(config, options.stages, options.layers_per_stage)
     checkpoint = open_checkpoint(options.model)
     check_names(checkpoint, config)
-    stages = [_planned(checkpoint, config, span, options.dtype) for span in layers]
+    quantize = choose_quantization(options.quantize, options.model, config)
+    stages = [_planned(checkpoint, config, span, options.dtype, quantize) for span in layers]
     small_files = _small_files(options, config)
-    settings = _settings(options, checkpoint, layers, small_files["config.json"])
+    settings = _settings(options, checkpoint, layers, quantize, small_files["config.json"])
     check_output(options.output, options.model, options.force)
     partial = options.output.with_name(options.output.name + ".partial")
     try:
@@ -152,19 +156,34 @@ def shard(options: ShardOptions) -> Sharded:
 
 
 def _planned(
-    checkpoint: Checkpoint, config: ModelConfig, layers: range, dtype: str
+    checkpoint: Checkpoint, config: ModelConfig, layers: range, dtype: str, quantize: str | None
 ) -> list[PlannedArray]:
-    """The arrays of a stage; conversion loses nothing unless the user asks for a dtype."""
+    """The arrays of a stage; conversion loses nothing unless the user asks for it."""
+    return [
+        PlannedArray(
+            array_name(layer, field.name), field, field.dtype or _dtype(checkpoint, field, dtype)
+        )
+        for layer, field in stage_fields(config, layers, quantize)
+    ]
+
+
+def _dtype(checkpoint: Checkpoint, field: Field, asked: str) -> str:
+    """As safetensors spells it.
+
+    Raises:
+        UsageError: the checkpoint is quantized, and the rest of it was asked for in another dtype.
+    """
     spellings = {str(known): name for name, known in DTYPES.items()}
-    arrays = []
-    for layer, field in stage_fields(config, layers):
-        stored = {numpy_dtype(checkpoint.tensors[part]) for part in field.parts}
-        if dtype != "auto":
-            chosen = spellings[dtype]
-        else:
-            chosen = spellings[str(stored.pop())] if len(stored) == 1 else "F32"
-        arrays.append(PlannedArray(array_name(layer, field.name), field, chosen))
-    return arrays
+    stored = {str(numpy_dtype(checkpoint.tensors[part])) for part in field.parts}
+    if asked == "auto":
+        return spellings[stored.pop()] if len(stored) == 1 else "F32"
+    if checkpoint.quantization is not None and stored != {asked}:
+        raise UsageError(
+            f"--dtype {asked}: {checkpoint.directory} is {checkpoint.quantization}, and what is "
+            f"not, is {stored.pop()}",
+            "Leave --dtype out, or shard the checkpoint that it was made from.",
+        )
+    return spellings[asked]
 
 
 def _small_files(options: ShardOptions, config: ModelConfig) -> dict[str, bytes]:
@@ -199,13 +218,18 @@ def _small_files(options: ShardOptions, config: ModelConfig) -> dict[str, bytes]
 
 
 def _settings(
-    options: ShardOptions, checkpoint: Checkpoint, layers: list[range], config: bytes
+    options: ShardOptions,
+    checkpoint: Checkpoint,
+    layers: list[range],
+    quantize: str | None,
+    config: bytes,
 ) -> dict[str, Any]:
     """The head of the manifest: all that decides what the files hold, and an id made of it."""
     settings: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "dtype": options.dtype,
+        QUANTIZATION: quantize,
         "tensor_parallel": options.tensor_parallel,
         "layers": [[span.start, span.stop] for span in layers],
         "source": {
@@ -234,7 +258,7 @@ def _pieces(checkpoint: Checkpoint, arrays: list[PlannedArray]) -> dict[str, lis
         array.name: [
             [origin.name, origin.path.name, origin.offset, origin.nbytes]
             for part in array.field.parts
-            for origin in checkpoint.tensors[part].origins
+            for origin in stored_part(checkpoint, part).origins
         ]
         for array in arrays
     }

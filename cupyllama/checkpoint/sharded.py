@@ -6,19 +6,21 @@ the parts by Hugging Face's names: it can be loaded for any number of stages, an
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from cupyllama.checkpoint.llama import stage_fields
+from cupyllama.checkpoint.llama import MATRIX_DTYPES, Field, stage_fields
 from cupyllama.checkpoint.safetensors import read_header
 from cupyllama.checkpoint.source import INCOMPLETE, Checkpoint, StoredTensor, Tensor
-from cupyllama.config import ModelConfig, load_config
+from cupyllama.config import load_config
 from cupyllama.errors import ModelError
 
 MANIFEST = "manifest.json"
 FORMAT = "cupyllama-shard"
 VERSION = 1
+QUANTIZATION = "quantization"
 # The keys of a stage file's metadata: the manifest's id, and the stage's number.
 ID_KEY = "cupyllama_shard"
 STAGE_KEY = "stage"
@@ -41,6 +43,15 @@ def is_sharded(directory: Path) -> bool:
     return False
 
 
+def stored_quantization(directory: Path) -> str | None:
+    """What the layers' matrices in a directory are, sharded or not: fp8, or None for floats.
+
+    Raises:
+        ModelError: the manifest is broken.
+    """
+    return _read_manifest(directory)[QUANTIZATION] if is_sharded(directory) else None
+
+
 def open_sharded(directory: Path) -> Checkpoint:
     """The checkpoint that a manifest describes.
 
@@ -48,15 +59,16 @@ def open_sharded(directory: Path) -> Checkpoint:
         ModelError: a stage file is missing, truncated, or of another model.
     """
     manifest = _read_manifest(directory)
-    config = load_config(directory)
+    config, quantization = load_config(directory), manifest[QUANTIZATION]
     tensors: dict[str, Tensor] = {}
     for number, stage in enumerate(manifest["stages"]):
         path = directory / stage["file"]
         arrays = checked_stage(path, stage["bytes"], manifest["id"], number)
-        for tensor in _parts(path, arrays, config, range(*stage["layers"])):
+        fields = stage_fields(config, range(*stage["layers"]), quantization)
+        for tensor in _parts(path, arrays, fields):
             # A tied embedding is in the first stage and in the last.
             tensors.setdefault(tensor.name, tensor)
-    return Checkpoint(directory, "sharded", tensors)
+    return Checkpoint(directory, "sharded", tensors, quantization)
 
 
 def checked_stage(path: Path, nbytes: int, identity: str, stage: int) -> dict[str, StoredTensor]:
@@ -84,10 +96,12 @@ def checked_stage(path: Path, nbytes: int, identity: str, stage: int) -> dict[st
     return arrays
 
 
-def _parts(path: Path, arrays: dict[str, StoredTensor], config: ModelConfig, layers: range):
+def _parts(
+    path: Path, arrays: dict[str, StoredTensor], fields: Iterable[tuple[int | None, Field]]
+) -> Iterator[StoredTensor]:
     """The tensors, by Hugging Face's names, that the arrays of a stage are stacked of."""
     left = dict(arrays)
-    for layer, field in stage_fields(config, layers):
+    for layer, field in fields:
         name = array_name(layer, field.name)
         stored = left.pop(name, None)
         if stored is None:
@@ -116,6 +130,13 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             raise ModelError(
                 f"{path}: is of version {version!r}; this cupyllama reads version {VERSION}",
                 "Shard the model again.",
+            )
+        # Absent before there was a choice.
+        if manifest.setdefault(QUANTIZATION, None) not in (None, *MATRIX_DTYPES):
+            raise ModelError(
+                f"{path}: is of {QUANTIZATION} {manifest[QUANTIZATION]!r}; this cupyllama reads "
+                f"{', '.join(MATRIX_DTYPES)}",
+                "Shard the original checkpoint again.",
             )
         layers = 0
         for stage in stages:

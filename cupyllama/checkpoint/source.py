@@ -24,6 +24,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# Numbers that mean nothing without a scale, so they are only ever bits; as safetensors spells them.
+QUANTIZED = {"F8_E4M3": np.dtype(np.uint8)}
 _DIGEST_SAMPLE = 4096
 _CONVERTED_BYTES = 32 << 20  # read at a time where bytes cannot go straight to their place
 INCOMPLETE = "Is the download complete?"
@@ -90,11 +92,22 @@ def numpy_dtype(tensor: Tensor) -> np.dtype:
 class Checkpoint:
     """The tensors of one model directory, by name. Several threads may read at once."""
 
-    def __init__(self, directory: Path, form: str, tensors: Mapping[str, Tensor]):
-        """`form`: how the directory is laid out, as a manifest or a message calls it."""
+    def __init__(
+        self,
+        directory: Path,
+        form: str,
+        tensors: Mapping[str, Tensor],
+        quantization: str | None = None,
+    ):
+        """
+        Args:
+            form: how the directory is laid out, as a manifest or a message calls it.
+            quantization: of the layers' matrices: None or fp8.
+        """
         self.directory = directory
         self.form = form
         self.tensors = tensors
+        self.quantization = quantization
         self._bytes_read = 0
         self._lock = threading.Lock()
 

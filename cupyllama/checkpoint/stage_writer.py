@@ -1,5 +1,6 @@
 """One stage file, streamed: what keeps its dtype is copied by the kernel, from file to file; the
-rest is read, converted and written in a few fixed buffers. All of it is hashed meanwhile.
+rest is read, converted or quantized, and written in a few fixed buffers. All of it is hashed
+meanwhile.
 """
 
 import errno
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyllama.checkpoint.llama import Field
-from cupyllama.checkpoint.source import DTYPES, INCOMPLETE, Checkpoint, StoredTensor
+from cupyllama.checkpoint.e4m3 import quantized_rows
+from cupyllama.checkpoint.llama import SCALE, Field
+from cupyllama.checkpoint.source import DTYPES, INCOMPLETE, QUANTIZED, Checkpoint, StoredTensor
 from cupyllama.errors import ModelError, OutputError
 
 CHUNK_BYTES = 1 << 20  # small enough to be hashed and written out of a cache
@@ -38,7 +40,7 @@ class PlannedArray:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.field.shape) * DTYPES[self.dtype].itemsize
+        return prod(self.field.shape) * (DTYPES | QUANTIZED)[self.dtype].itemsize
 
 
 def header_bytes(arrays: Sequence[PlannedArray], metadata: dict[str, str]) -> bytes:
@@ -68,7 +70,7 @@ def write_stage(
     """Write the file under another name, flush it to the disk and rename it.
 
     Memory is that of a few chunks, whatever the size of the arrays: `chunk_bytes`, or one row if
-    that is larger.
+    that is larger; where matrices are quantized, of a few for every core, and their scales.
 
     Returns:
         Its size and SHA-256.
@@ -83,12 +85,8 @@ def write_stage(
     try:
         with open(unfinished, "wb", buffering=0) as file:
             with _Pump(file, max(chunk_bytes, row_bytes), path, on_bytes) as pump:
-                for begin in range(0, len(header), pump.size):
-                    piece = np.frombuffer(header[begin : begin + pump.size], np.uint8)
-                    pump.buffer(len(piece))[:] = piece
-                    pump.send(len(piece))
-                for array in arrays:
-                    _copy_array(checkpoint, array, pump)
+                pump.send_bytes(np.frombuffer(header, np.uint8))
+                _send_arrays(checkpoint, arrays, pump)
                 nbytes, digest = pump.finish()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -116,15 +114,34 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     )
 
 
+def _send_arrays(checkpoint: Checkpoint, arrays: Sequence[PlannedArray], pump: "_Pump") -> None:
+    scales: dict[str, np.ndarray] = {}  # of matrices that were quantized here: they follow later
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cores) as pool:
+        for array in arrays:
+            if array.name in scales:
+                pump.send_bytes(scales.pop(array.name).view(np.uint8))
+            elif array.dtype in QUANTIZED and checkpoint.quantization is None:
+                found = scales[array.name + SCALE] = np.empty(array.field.shape[0], np.float32)
+                row = 0
+                for part in array.field.parts:
+                    for block in quantized_rows(checkpoint, part, pump.size, pool, cores):
+                        pump.send_bytes(block.values.reshape(-1))
+                        found[row : row + len(block)] = block.scale
+                        row += len(block)
+            else:
+                _copy_array(checkpoint, array, pump)
+
+
 def _copy_array(checkpoint: Checkpoint, array: PlannedArray, pump: "_Pump") -> None:
     """Send each part in turn: as it lies in its file, or as many rows as a buffer holds."""
-    dtype = DTYPES[array.dtype]
     for name, shape in zip(array.field.parts, array.field.shapes, strict=True):
         stored = checkpoint.locate(name)
         if stored is not None and stored.dtype == array.dtype:
             pump.copy(stored)
             checkpoint.count_bytes(stored.nbytes)
             continue
+        dtype = DTYPES[array.dtype]
         row = prod(shape[1:]) * dtype.itemsize
         step = pump.size // row
         for first in range(0, shape[0], step):
@@ -175,6 +192,13 @@ class _Pump:
         hasher, writer, _ = self._threads
         jobs = [writer.submit(self._write, view), hasher.submit(self._sha.update, view)]
         self._busy.append((buffer, nbytes, jobs))
+
+    def send_bytes(self, content: np.ndarray) -> None:
+        """Copy bytes to as many buffers as they take."""
+        for begin in range(0, len(content), self.size):
+            piece = content[begin : begin + self.size]
+            self.buffer(len(piece))[:] = piece
+            self.send(len(piece))
 
     def copy(self, stored: StoredTensor) -> None:
         """Hash and write the bytes of a tensor as they lie in its file."""

@@ -8,9 +8,14 @@ import cupy
 import numpy as np
 import pytest
 from test_loading import DTYPES, Derived, assert_same, check_load, naive
+from test_quantization import assert_same as assert_same_quantized
+from test_quantization import truth, write_strange_model
 from tiny_models import write_tiny_model
 
+from cupyllama.checkpoint.llama import stage_bytes
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
+from cupyllama.checkpoint.shard import ShardOptions, shard
+from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.config import load_config
 from cupyllama.errors import ModelError
 from cupyllama.loading import load_stage
@@ -41,12 +46,57 @@ def test_pieces_of_any_size(name, threads, piece_bytes, tmp_path):
     check_load(directory, cuda, np.float16, threads=threads, piece_bytes=piece_bytes)
 
 
-@pytest.mark.parametrize("blocking", [False, True])
 @pytest.mark.parametrize("buffers", [1, 2, 3])
-def test_any_number_of_buffers_and_both_ways_to_wait(buffers, blocking, tmp_path):
+def test_any_number_of_buffers(buffers, tmp_path):
     directory = write_tiny_model("gqa", tmp_path, dtype="float16")
-    cut = {"threads": 3, "piece_bytes": 999, "buffers": buffers, "blocking": blocking}
+    cut = {"threads": 3, "piece_bytes": 999, "buffers": buffers}
     check_load(directory, cuda, np.float16, **cut)
+
+
+@pytest.mark.parametrize("kind", [SafetensorsCheckpoint, Derived])
+@pytest.mark.parametrize("saved", DTYPES)
+@pytest.mark.parametrize(("threads", "piece_bytes"), [(1, 5001), (12, 1002), (4, 1 << 20)])
+def test_rows_quantized_on_the_way(threads, piece_bytes, saved, kind, tmp_path):
+    directory = write_strange_model(tmp_path, dtype=saved)
+    config, layers = load_config(directory), range(3)
+    weights = load_stage(
+        *(kind(directory), config, layers, np.dtype(np.float16), cuda),
+        threads=threads,
+        piece_bytes=piece_bytes,
+        quantize="fp8",
+    )
+    assert_same_quantized(weights, truth(directory, layers, np.float16), layers)
+
+
+def test_quantized_by_shard(tmp_path):
+    directory = write_strange_model(tmp_path / "m", dtype="bfloat16")
+    shard(ShardOptions(directory, tmp_path / "out", 2, quantize="fp8", quiet=True))
+    checkpoint, config = open_checkpoint(tmp_path / "out"), load_config(directory)
+    for layers in (range(3), range(1, 2)):
+        weights = load_stage(
+            *(checkpoint, config, layers, np.dtype(np.float16), cuda),
+            piece_bytes=3001,
+            quantize="fp8",
+        )
+        assert_same_quantized(weights, truth(directory, layers, np.float16), layers)
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_memory_comes_back_with_the_last_array(quantize, tmp_path):
+    directory = write_tiny_model("gqa", tmp_path)
+    config, checkpoint = load_config(directory), SafetensorsCheckpoint(directory)
+    pool = cupy.get_default_memory_pool()
+    gc.collect()
+    before = pool.used_bytes()
+    weights = load_stage(
+        checkpoint, config, range(2), np.dtype(np.float16), cuda, quantize=quantize
+    )
+    assert pool.used_bytes() - before < 1.1 * stage_bytes(config, range(2), np.float16, quantize)
+    norm = weights.norm
+    del weights
+    assert pool.used_bytes() > before
+    del norm
+    assert pool.used_bytes() == before
 
 
 def test_the_defaults(tmp_path):

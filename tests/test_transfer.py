@@ -1,0 +1,224 @@
+"""The way to a GPU, on one that does nothing before it is waited for: a missing wait shows."""
+
+import builtins
+import ctypes
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_loading import DTYPES, Derived, check_load
+from test_quantization import assert_same, truth, write_strange_model
+from tiny_models import write_tiny_model
+
+from cupyllama import loading
+from cupyllama.checkpoint.llama import stage_bytes, stage_fields
+from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
+from cupyllama.config import load_config
+from cupyllama.loading import PIECES_PER_CHUNK, load_stage
+from cupyllama.ops import reference
+
+cupy = pytest.importorskip("cupy")
+from cupyllama.ops import transfer  # noqa: E402
+
+
+class DeviceArray(np.ndarray):
+    """Host memory that calls itself the device's."""
+
+    @property
+    def data(self) -> SimpleNamespace:
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+    def get(self) -> np.ndarray:
+        return np.array(self)
+
+
+class Stream:
+    """Work that waits until it is asked for; that of every other stream may be done at once."""
+
+    made: dict[int, "Stream"] = {}
+    haste = False
+    current = threading.local()
+
+    def __init__(self, non_blocking: bool = False):
+        self.work: list = []
+        self.hasty = self.haste and len(self.made) % 2 == 1
+        self.ptr = id(self)
+        self.made[self.ptr] = self
+
+    def do(self, work) -> None:
+        self.work.append(work)
+        if self.hasty:
+            self.synchronize()
+
+    def synchronize(self) -> None:
+        while self.work:
+            self.work.pop(0)()
+
+    def __enter__(self) -> "Stream":
+        self.current.stream = self
+        return self
+
+    def __exit__(self, *error) -> None: ...
+
+
+class Driver:
+    """What transfer.py calls of CUDA's runtime."""
+
+    memcpyHostToDevice = 1
+
+    def __init__(self):
+        self.registered: list[range] = []
+        self.failing = False
+
+    def hostRegister(self, address: int, nbytes: int, flags: int) -> None:  # noqa: N802
+        if self.failing:
+            raise MemoryError("nothing can be pinned")
+        self.registered.append(range(address, address + nbytes))
+
+    def hostUnregister(self, address: int) -> None:  # noqa: N802
+        assert self.registered.pop().start == address
+
+    def memcpyAsync(self, to: int, source: int, nbytes: int, kind: int, stream: int) -> None:  # noqa: N802
+        (memory,) = self.registered
+        assert source in memory and source + nbytes <= memory.stop
+        copy = (to, source, nbytes)
+        Stream.made[stream].do(lambda: ctypes.memmove(*copy))
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """The lazy device in CuPy's place; it must be left with nothing registered."""
+    fake = Driver()
+    main = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(transfer, "runtime", fake)
+    cuda = SimpleNamespace(
+        Stream=Stream,
+        Device=lambda number=0: SimpleNamespace(id=number, use=lambda: None),
+        get_current_stream=lambda: main,
+    )
+    monkeypatch.setattr(transfer, "cupy", SimpleNamespace(cuda=cuda, empty=empty))
+    monkeypatch.setattr(transfer, "quantize", quantize)
+    # All but the decision whether arrays are the host's.
+    monkeypatch.setattr(
+        loading,
+        "isinstance",
+        lambda value, kind: (
+            builtins.isinstance(value, kind) and not builtins.isinstance(value, DeviceArray)
+        ),
+        raising=False,
+    )
+    yield fake
+    assert fake.registered == []
+    Stream.made.clear()
+
+
+def empty(shape, dtype):
+    """Not empty, so that what is not written shows."""
+    return np.full(shape, 0xA5, dtype).view(DeviceArray)
+
+
+def quantize(x, out):
+    Stream.current.stream.do(lambda: reference.quantize(x, out))
+
+
+OPS = SimpleNamespace(empty=empty)
+
+
+@pytest.mark.parametrize("kind", [SafetensorsCheckpoint, Derived])
+@pytest.mark.parametrize("saved", DTYPES)
+@pytest.mark.parametrize("wanted", DTYPES)
+def test_every_pair_of_dtypes(saved, wanted, kind, driver, tmp_path):
+    directory = write_tiny_model("attention_bias", tmp_path, dtype=saved, shards=3)
+    check_load(directory, OPS, DTYPES[wanted], kind, threads=3, piece_bytes=4099)
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+@pytest.mark.parametrize(("threads", "piece_bytes"), [(1, 5001), (12, 1002), (4, 1 << 20)])
+def test_any_cut(buffers, threads, piece_bytes, driver, tmp_path):
+    directory = write_tiny_model("odd", tmp_path, dtype="float16")
+    cut = {"threads": threads, "piece_bytes": piece_bytes, "buffers": buffers}
+    check_load(directory, OPS, np.float16, **cut)
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+@pytest.mark.parametrize("kind", [SafetensorsCheckpoint, Derived])
+@pytest.mark.parametrize(("threads", "piece_bytes"), [(1, 5001), (5, 1002), (4, 1 << 20)])
+@pytest.mark.parametrize("haste", [False, True])
+def test_rows_quantized_on_the_way(
+    haste, threads, piece_bytes, kind, buffers, driver, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Stream, "haste", haste)
+    directory = write_strange_model(tmp_path, dtype="float16")
+    config, layers = load_config(directory), range(3)
+    weights = load_stage(
+        *(kind(directory), config, layers, np.dtype(np.float32), OPS),
+        threads=threads,
+        piece_bytes=piece_bytes,
+        buffers=buffers,
+        quantize="fp8",
+    )
+    assert_same(weights, truth(directory, layers), layers)
+
+
+def test_device_memory_is_that_of_the_stage_and_a_chunk_a_thread(driver, tmp_path, monkeypatch):
+    directory = write_tiny_model("gqa", tmp_path, dtype="float16")
+    config, sizes = load_config(directory), []
+
+    def counted(shape, dtype):
+        sizes.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return empty(shape, dtype)
+
+    monkeypatch.setattr(transfer.cupy, "empty", counted)
+    ops = SimpleNamespace(empty=counted)
+    load_stage(
+        *(SafetensorsCheckpoint(directory), config, range(2), np.dtype(np.float16), ops),
+        threads=3,
+        piece_bytes=1000,
+        quantize="fp8",
+    )
+    stage, staging = sizes
+    alignment = 511 * len(list(stage_fields(config, range(2), "fp8")))
+    assert 0 <= stage - stage_bytes(config, range(2), np.dtype(np.float16), "fp8") <= alignment
+    assert staging == 3 * 8192  # 8 pieces of 1000 bytes, in whole pages
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_chunks_are_coarse_but_for_the_end(quantize, driver, tmp_path, monkeypatch):
+    chunks, write = [], transfer.DeviceWriter.write
+    monkeypatch.setattr(
+        transfer.DeviceWriter,
+        "write",
+        lambda self, chunk: (chunks.append(chunk), write(self, chunk))[1],
+    )
+    directory = write_tiny_model("gqa", tmp_path, dtype="float16")
+    config, half = load_config(directory), np.dtype(np.float16)
+    load_stage(
+        *(SafetensorsCheckpoint(directory), config, range(2), half, OPS),
+        threads=1,  # so that chunks are begun in their order
+        piece_bytes=2000,
+        quantize=quantize,
+    )
+    pieces = [-(-int(np.prod(chunk.target.shape)) // chunk.step) for chunk in chunks]
+    left = np.cumsum([chunk.nbytes for chunk in chunks][::-1])[::-1]
+    assert left[0] == stage_bytes(config, range(2), half, quantize)
+    tail = PIECES_PER_CHUNK * 2000
+    assert {n for n, rest in zip(pieces, left, strict=True) if rest < tail} == {1}
+    assert max(pieces) == PIECES_PER_CHUNK and sum(pieces) > 4 * len(pieces)
+
+
+def test_memory_that_cannot_be_pinned_is_told(driver, tmp_path):
+    directory = write_tiny_model("gqa", tmp_path)
+    config, checkpoint = load_config(directory), SafetensorsCheckpoint(directory)
+    driver.failing = True
+    with pytest.raises(MemoryError, match="pinned"):
+        load_stage(checkpoint, config, range(2), np.dtype(np.float16), OPS, piece_bytes=1000)
+
+
+def test_memory_is_registered_once(driver, tmp_path, monkeypatch):
+    calls, register = [], driver.hostRegister
+    monkeypatch.setattr(driver, "hostRegister", lambda *a: (calls.append(a), register(*a)))
+    directory = write_tiny_model("gqa", tmp_path)
+    config, checkpoint = load_config(directory), SafetensorsCheckpoint(directory)
+    load_stage(checkpoint, config, range(2), np.dtype(np.float16), OPS, threads=7, buffers=2)
+    assert len(calls) == 1 and calls[0][0] % transfer._HUGE_PAGE == 0
