@@ -6,6 +6,7 @@
 
 Ranks take the visible GPUs in turn; on a shared one they pass hidden states by CUDA IPC, between
 GPUs by NCCL. Prints a digest of the log-likelihoods, which is the same for any number of ranks.
+Where each rank has a GPU of its own, the channel is compared with NCCL's send and recv alone.
 """
 
 import hashlib
@@ -32,6 +33,38 @@ from cupyllama.tasks.files import load_task
 from cupyllama.tokenizer import load_tokenizer
 from cupyllama.trace import busy_seconds
 
+_MESSAGES = 40
+
+
+def nccl_seconds(world, nbytes: int) -> float | None:
+    """NCCL's send and recv alone, a message from each rank to the next, pair after pair.
+
+    Returns:
+        Seconds a message, on the rank that sends it.
+    """
+    import cupy
+    from cupy.cuda import nccl
+
+    found, buffer = None, cupy.zeros(nbytes, np.uint8)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    for sender in range(world.size - 1):
+        names = world.allgather(nccl.get_unique_id() if world.rank == sender else None)
+        if world.rank in (sender, sender + 1):
+            link = nccl.NcclCommunicator(2, names[sender], world.rank - sender)
+            pass_on, peer = (link.send, 1) if world.rank == sender else (link.recv, 0)
+            marks = []
+            for _ in range(_MESSAGES):
+                pass_on(buffer.data.ptr, nbytes, nccl.NCCL_INT8, peer, stream.ptr)
+                marks.append(cupy.cuda.Event())
+                marks[-1].record(stream)
+            stream.synchronize()
+            warm = _MESSAGES // 2
+            elapsed = cupy.cuda.get_elapsed_time(marks[warm - 1], marks[-1]) / 1e3
+            if world.rank == sender:
+                found = elapsed / (_MESSAGES - warm)
+        world.allgather(None)
+    return found
+
 
 @click.command()
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="llama-7b")
@@ -40,11 +73,21 @@ from cupyllama.trace import busy_seconds
 @click.option("--questions", default=1000)
 @click.option("--replicas", default=1)
 @click.option("--dtype", default="float16")
+@click.option("--quantize", type=click.Choice(["fp8"]))
 @click.option("--micro-batch-tokens", default=DEFAULT_TOKENS)
 @click.option("--repeats", default=2)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    shape, data, tokenizer, questions, replicas, dtype, micro_batch_tokens, repeats, json_path
+    shape,
+    data,
+    tokenizer,
+    questions,
+    replicas,
+    dtype,
+    quantize,
+    micro_batch_tokens,
+    repeats,
+    json_path,
 ):
     """Time evaluations, all ranks together."""
     world, config = open_world(), model_config(shape)
@@ -57,7 +100,7 @@ def main(
     layers = split_layers(config, grid.stages)[grid.stage]
     batches = plan(rows.rows, micro_batch_tokens, device.ops)
     storage = storage_dtype(dtype)
-    stage = random_stage(config, storage, device.ops, rows.longest, layers)
+    stage = random_stage(config, storage, device.ops, rows.longest, layers, quantize)
     places = world.allgather(device.place)
     line = pipeline.connect(world, grid, stage, device, batches, config, storage)
 
@@ -78,6 +121,10 @@ def main(
     mine = len(grid.share(batches))
     stages = world.allgather(busy_seconds(line.spans) / max(mine, 1))
     links = world.allgather(line.link_seconds)
+    alone = None
+    if world.size > 1 and len(set(places)) == world.size:
+        nbytes = micro_batch_tokens * config.hidden_size * storage.itemsize
+        alone = [found for found in world.allgather(nccl_seconds(world, nbytes)) if found]
     if world.rank == 0:
         assert scores.done.all() and np.isfinite(scores.loglikelihoods).all()
         median = statistics.median(seconds)
@@ -92,6 +139,7 @@ def main(
             "versions": versions(device),
             "shape": shape,
             "dtype": dtype,
+            "quantize": quantize,
             "questions": questions,
             "ranks": world.size,
             "replicas": replicas,
@@ -101,14 +149,17 @@ def main(
             "questions_per_second": questions / median,
             "stage_seconds": stages,
             "link_seconds": links,
+            "nccl_seconds": alone,  # of a message of that size, for each pair of neighbours
+            "bubble": 1 - sum(stages) * mine / (world.size * median),
             "simulated_seconds": simulated if len(set(places)) == world.size else None,
             "digest": digest,
         }
         print(
-            f" > {shape} {dtype} ({world.size} ranks, {replicas} replicas, {result['gpus']} GPUs): "
+            f" > {shape} {quantize or dtype} "
+            f"({world.size} ranks, {replicas} replicas, {result['gpus']} GPUs): "
             f"{questions / median:6.1f} questions/s | {median:.2f} s, "
             f"simulated {result['simulated_seconds'] or float('nan'):.2f} | "
-            f"digest {digest[:12]}",
+            f"bubble {result['bubble']:.3f} | digest {digest[:12]}",
             flush=True,
         )
         if json_path is not None:

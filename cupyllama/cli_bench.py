@@ -124,6 +124,13 @@ def bench_gemm(
 )
 @_dtype
 @click.option(
+    "--quantize",
+    type=click.Choice(["none", "fp8"]),
+    default="none",
+    show_default=True,
+    help="The layers' matrices, and what they multiply.",
+)
+@click.option(
     "--micro-batch-tokens", type=_TOKENS, multiple=True, default=(8192,), show_default=True
 )
 @click.option("--repeats", type=_REPEATS, default=3, show_default=True)
@@ -135,6 +142,7 @@ def bench_score(
     shape: str,
     questions: int,
     dtype: str,
+    quantize: str,
     micro_batch_tokens: tuple[int, ...],
     repeats: int,
     data: Path | None,
@@ -148,7 +156,7 @@ def bench_score(
     alone in the same run.
 
     \b
-      cupyllama bench score --shape llama-30b --questions 1000
+      cupyllama bench score --shape llama-30b --quantize fp8
       cupyllama bench score --data hellaswag_val.jsonl --tokenizer tokenizer.model
     """
     device = _ready((shape,), output, plot)
@@ -157,7 +165,8 @@ def bench_score(
 
     with enough_memory(device):
         measured = measure_score(
-            device, shape, questions, dtype, list(micro_batch_tokens), repeats, data, tokenizer
+            *(device, shape, questions, dtype, list(micro_batch_tokens), repeats, data, tokenizer),
+            quantize=None if quantize == "none" else quantize,
         )
     _finish(measured, score_table(measured), output)
     if plot is not None:

@@ -39,7 +39,7 @@ def examine() -> Iterator[Finding]:
     yield _cupy()
     yield _part("GPU", _gpus, "Without one, scoring runs on the CPU.")
     yield _part("NVRTC", _nvrtc, INSTALL_CUDA)
-    yield _part("cuBLAS", _cublas, INSTALL_CUDA)
+    yield _part("cuBLASLt", _cublas, INSTALL_CUDA)
     yield _part("kernels", _kernels, f"{INSTALL_CUDA} A V100 needs [cuda12].")
     yield _part("NCCL", _nccl, "Needed for several GPUs: pip install nvidia-nccl-cu13 (or -cu12).")
     yield _mpi()
@@ -84,7 +84,8 @@ def _gpus() -> str:
             free, total = device.mem_info
         names.append(
             f"{number}: {properties['name'].decode()}, sm_{properties['major']}"
-            f"{properties['minor']}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+            f"{properties['minor']}, {properties['multiProcessorCount']} multiprocessors, "
+            f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
         )
     if not names:
         raise RuntimeError("CUDA sees no GPU")
@@ -99,10 +100,9 @@ def _nvrtc() -> str:
 
 
 def _cublas() -> str:
-    import cupy
-    from cupy_backends.cuda.libs import cublas
+    from cupyllama.ops import cublaslt
 
-    return str(cublas.getVersion(cupy.cuda.device.get_cublas_handle()))
+    return str(cublaslt.version())
 
 
 def _kernels() -> str:

@@ -93,7 +93,7 @@ def test_generated_rows_share_their_contexts_and_nothing_else():
     assert {row.token_ids[0] for row in generated.rows} == {1}
     contexts, endings = lengths(generated)
     alone = int(endings.sum() + contexts.sum()) + 1 - len(generated.rows)  # and BOS once
-    (batch,) = pack(generated.rows, 8192, pad=False)
+    (batch,) = pack(generated.rows, 8192)
     # chance makes a first token or two coincide
     assert alone - 12 <= len(batch.token_ids) <= alone
 
@@ -110,7 +110,7 @@ def test_few_shot_rows():
     assert {row.first_target for row in generated.rows} == {1500}
     begins = {tuple(row.token_ids[:1500]) for row in generated.rows}
     assert len(begins) == 1 and len({tuple(row.token_ids) for row in generated.rows}) == 20
-    (batch,) = pack(generated.rows, 8192, pad=False)
+    (batch,) = pack(generated.rows, 8192)
     assert len(batch.token_ids) == 1500 + 20 * 29  # the last token is not fed
 
 
@@ -157,7 +157,7 @@ def test_work_of_attention_by_hand():
     config = dataclasses.replace(shapes.model_config("tiny"), head_dim=10)
     # [1 5 6 7] then [1 5 8 9 4], of which 2 tokens are shared and the last ones never fed
     shared = [TokenRow([1, 5, 6, 7], 2, 0), TokenRow([1, 5, 8, 9, 4], 2, 1)]
-    (batch,) = pack(shared, 100, pad=False)
+    (batch,) = pack(shared, 100)
     assert np.diff(batch.segment_start).tolist() == [3, 2]
     seen = (1 + 2 + 3) + (3 + 4)
     work = cases.attention_work(batch, config, 2)
@@ -384,6 +384,7 @@ def measured_score(*sizes):
         "gpu": "NVIDIA H100 80GB HBM3",
         "shape": "llama-7b",
         "dtype": "float16",
+        "quantize": None,
         "questions": 1000,
         "data": "generated",
         "runs": [breakdown_run(size) for size in sizes],

@@ -21,7 +21,7 @@ from cupyllama.quantized import Quantized
 Way = Callable[[Any, Any, Any], None]  # y, x, weight
 
 FP8 = "fp8"
-LAYER_TURNS = 20
+CEILING_SECONDS = 1.5  # of a layer's products, the second half of which counts
 WARM_SECONDS = 0.2  # until clocks and power are where a run has them
 CHECKED_ROWS = 32
 
@@ -55,13 +55,18 @@ def layer_flops(config: ModelConfig, tokens: int) -> int:
 
 
 def layer_rate(config: ModelConfig, dtype: str, tokens: int) -> float:
-    """FLOP/s of one layer's four products in a stream of 20 layers: what nothing else slows."""
+    """FLOP/s of one layer's four products in a stream without gaps: what nothing else slows.
+
+    The GPU lowers its clock until it draws the power it may; what it reaches counts after that.
+    """
     from cupyllama.ops.gemm import gemm
 
     products = layer_products(config).values()
     launches = [partial(gemm, *operands(tokens, n, k, dtype)) for n, k in products]
     stream_seconds(launches, 1)  # algorithms are chosen
-    return layer_flops(config, tokens) / stream_seconds(launches, LAYER_TURNS)
+    turns = max(2, round(CEILING_SECONDS / 2 / stream_seconds(launches, 2)))
+    stream_seconds(launches, turns)
+    return layer_flops(config, tokens) / stream_seconds(launches, turns)
 
 
 def operands(m: int, n: int, k: int, dtype: str, out: str | None = None) -> tuple:

@@ -17,6 +17,7 @@ from cupyllama.checkpoint.llama import stage_bytes
 from cupyllama.config import ModelConfig
 from cupyllama.errors import CupyllamaError, DeviceError
 from cupyllama.evaluate import ChoiceScores, Line, evaluate, plan
+from cupyllama.kernels import FP8_ARCH
 from cupyllama.model.llama import LayerWeights, Stage
 from cupyllama.packing import MicroBatch
 from cupyllama.parallel.devices import Device, choose_dtype, storage_dtype
@@ -36,6 +37,7 @@ def measure_score(
     repeats: int,
     data: Path | None = None,
     tokenizer: Path | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """The evaluation phase at each size of micro-batches, `repeats` times.
 
@@ -48,22 +50,24 @@ def measure_score(
     """
     config = model_config(shape)
     storage = storage_dtype(choose_dtype(dtype, dtype, device))
-    _check_memory(device, shape, config, storage, min(sizes))
+    _check_memory(device, shape, config, storage, min(sizes), quantize)
     rows = read_rows(config, questions, data, tokenizer)
-    stage = random_stage(config, storage, device.ops, rows.longest)
+    stage = random_stage(config, storage, device.ops, rows.longest, quantize=quantize)
+    products = quantize or storage.name
     return result(
         "score",
         device,
         shape=shape,
         dtype=dtype,
+        quantize=quantize,
         questions=len(rows.choice_start) - 1,
         data="generated" if data is None else data.name,
-        runs=[_run(stage, rows, size, repeats, storage) for size in sizes],
+        runs=[_run(stage, rows, size, repeats, products) for size in sizes],
     )
 
 
-def _run(stage: Stage, rows: TokenRows, size: int, repeats: int, dtype: np.dtype) -> dict[str, Any]:
-    """One size of micro-batches."""
+def _run(stage: Stage, rows: TokenRows, size: int, repeats: int, products: str) -> dict[str, Any]:
+    """One size of micro-batches; `products`: what is multiplied, as `layer_rate` has it."""
     import cupy
 
     config, ops = stage.config, stage.ops
@@ -75,7 +79,7 @@ def _run(stage: Stage, rows: TokenRows, size: int, repeats: int, dtype: np.dtype
         seconds.append(_timed_run(stage, rows, batches, size))
         # before the products alone, which have arrays of their own
         peak = peak or cupy.get_default_memory_pool().total_bytes()
-        rates.append(layer_rate(config, dtype.name, size))
+        rates.append(layer_rate(config, products, size))
     median, ceiling = statistics.median(seconds), statistics.median(rates)
     flops = evaluation_flops(config, batches)
     return {
@@ -203,7 +207,7 @@ def score_table(measured: dict[str, Any]) -> str:
     ]
     first = measured["runs"][0]
     return (
-        f"{measured['shape']} in {measured['dtype']} on {measured['gpu']}: "
+        f"{measured['shape']} in {measured['quantize'] or measured['dtype']} on {measured['gpu']}: "
         f"{measured['questions']:,} questions ({measured['data']}), "
         f"{first['tokens_asked']:,} tokens\n"
         + as_table(headers, lines, left=0)
@@ -228,10 +232,17 @@ def _breakdown_table(spent: dict[str, Any]) -> str:
 
 
 def _check_memory(
-    device: Device, shape: str, config: ModelConfig, dtype: np.dtype, tokens: int
+    device: Device,
+    shape: str,
+    config: ModelConfig,
+    dtype: np.dtype,
+    tokens: int,
+    quantize: str | None,
 ) -> None:
-    """Before anything slow: do the weights and a micro-batch fit?"""
-    weights = stage_bytes(config, range(config.num_hidden_layers), dtype)
+    """Before anything slow: do the weights and a micro-batch fit, and is there fp8 if asked for?"""
+    if quantize and device.compute_capability < FP8_ARCH:
+        raise DeviceError(f"{device.name} has no fp8", "Leave out --quantize.")
+    weights = stage_bytes(config, range(config.num_hidden_layers), dtype, quantize)
     batch = activation_bytes(config, tokens, dtype.name, device.ops.LOGIT_CHUNK)
     free = device.free_bytes()
     if weights + batch > free:

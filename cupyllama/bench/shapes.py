@@ -76,15 +76,24 @@ def random_stage(
     ops: ModuleType,
     positions: int,
     layers: range | None = None,
+    quantize: str | None = None,
 ) -> Stage:
     """Some layers, or all, with random matrices and norms of ones.
 
     A layer's weights are the same in whichever stage it is.
+
+    Args:
+        quantize: "fp8" for matrices of e4m3.
     """
     hidden = config.hidden_size
 
+    def end(number: int) -> Any:
+        shape = config.vocab_size, hidden
+        return random_array(shape, dtype, number - 8, WEIGHT_DEVIATION)
+
     def matrix(layer: int, number: int, *shape: int) -> Any:
-        return random_array(shape, dtype, 8 * layer + number, WEIGHT_DEVIATION)
+        full = random_array(shape, dtype, 8 * layer + number, WEIGHT_DEVIATION)
+        return full if quantize is None else ops.quantize(full)
 
     def ones() -> Any:
         return ops.to_device(np.ones(hidden, dtype))
@@ -103,8 +112,8 @@ def random_stage(
     ]
     ends = {}
     if layers.start == 0:
-        ends["embed_tokens"] = matrix(-1, 4, config.vocab_size, hidden)
+        ends["embed_tokens"] = end(4)
     if layers.stop == config.num_hidden_layers:
         ends["norm"] = ones()
-        ends["lm_head"] = matrix(-1, 5, config.vocab_size, hidden)
+        ends["lm_head"] = end(5)
     return Stage(config, StageWeights(weights, **ends), ops, positions)
