@@ -70,7 +70,7 @@ class Line:
 
 def plan(rows: Sequence[TokenRow], micro_batch_tokens: int, ops: Any) -> list[MicroBatch]:
     """The micro-batches of a run on the device whose operations are `ops`."""
-    return list(pack(rows, micro_batch_tokens, ops.LOGIT_CHUNK, pad=ops.FIXED_SHAPES))
+    return list(pack(rows, micro_batch_tokens, ops.TOKEN_MULTIPLE))
 
 
 def evaluate(

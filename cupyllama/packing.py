@@ -52,14 +52,16 @@ class MicroBatch:
 def pack(
     rows: Sequence[TokenRow],
     micro_batch_tokens: int,
-    logit_chunk: int = 1,
-    pad: bool = True,
+    multiple: int = 1,
 ) -> Iterator[MicroBatch]:
     """Sort `rows`, share their prefixes, and cut them into micro-batches.
 
-    A row lies in one micro-batch whole.  With `pad`, every micro-batch has exactly
-    `micro_batch_tokens` tokens and a multiple of `logit_chunk` logit rows: matrix products of one
-    shape give a row the same bits whatever stands beside it.
+    A row lies in one micro-batch whole.
+
+    Args:
+        multiple: dummy tokens and logit rows make up such multiples, of tokens up to
+            `micro_batch_tokens`: full micro-batches then have one shape, and memory that one of
+            them has used fits the next.
 
     Raises:
         UsageError: a row is longer than a micro-batch.
@@ -71,11 +73,11 @@ def pack(
             f"Give --micro-batch-tokens {longest} or more.",
         )
     ordered = sorted(rows, key=lambda row: row.token_ids)
-    builder = _Builder(micro_batch_tokens, logit_chunk, pad)
+    builder = _Builder(micro_batch_tokens, multiple)
     for row in ordered:
         if not builder.add(row):
             yield builder.build()
-            builder = _Builder(micro_batch_tokens, logit_chunk, pad)
+            builder = _Builder(micro_batch_tokens, multiple)
             builder.add(row)
     if ordered:
         yield builder.build()
@@ -91,10 +93,9 @@ def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
 class _Builder:
     """Rows added in sorted order until the next one does not fit."""
 
-    def __init__(self, micro_batch_tokens: int, logit_chunk: int, pad: bool):
+    def __init__(self, micro_batch_tokens: int, multiple: int):
         self.capacity = micro_batch_tokens
-        self.logit_chunk = logit_chunk
-        self.pad = pad
+        self.multiple = multiple
         self.tokens = 0
         self.fed = np.empty(0, np.int32)  # the last row's tokens, without the one never fed
         self.places = np.empty(0, np.int32)  # where each of them lies in the micro-batch
@@ -134,21 +135,20 @@ class _Builder:
         self.tokens += n
 
     def _add_padding(self) -> None:
-        while self.tokens < self.capacity:
-            n = min(PADDING_SEGMENT, self.capacity - self.tokens)
+        wanted = min(self.tokens + -self.tokens % self.multiple, self.capacity)
+        while self.tokens < wanted:
+            n = min(PADDING_SEGMENT, wanted - self.tokens)
             keys = np.arange(self.tokens, self.tokens + n, dtype=np.int32)
             self._add_segment(np.zeros(n, np.int32), 0, keys)
 
     def build(self) -> MicroBatch:
-        if self.pad:
-            self._add_padding()
+        self._add_padding()
         place = np.concatenate(self.target_place)
         order = np.argsort(place, kind="stable")  # keeps a choice's targets in row order
         logit_rows, counts = np.unique(place, return_counts=True)
-        if self.pad:
-            surplus = -len(logit_rows) % self.logit_chunk
-            logit_rows = np.pad(logit_rows, (0, surplus), mode="edge")
-            counts = np.pad(counts, (0, surplus))
+        surplus = -len(logit_rows) % self.multiple
+        logit_rows = np.pad(logit_rows, (0, surplus), mode="edge")
+        counts = np.pad(counts, (0, surplus))
         return MicroBatch(
             token_ids=np.concatenate(self.token_ids),
             positions=np.concatenate(self.positions),

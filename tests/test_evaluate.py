@@ -35,7 +35,9 @@ def random_rows(rng: np.random.Generator, questions: int, vocab: int = 300) -> l
     return rows
 
 
-@pytest.mark.parametrize("name", ["gqa", "llama3_rope", "attention_bias", "odd"])
+@pytest.mark.parametrize(
+    "name", ["gqa", "llama3_rope", "attention_bias", "odd", "opt", "opt_350m"]
+)
 def test_packed_equals_one_row_at_a_time(name, tmp_path):
     stage = build_stage(write_tiny_model(name, tmp_path))
     rng = np.random.default_rng()
@@ -57,13 +59,13 @@ def forgetful(limit: int, failures: list[int]) -> types.SimpleNamespace:
     """The reference operations on a device that cannot hold more than `limit` tokens."""
     ops = types.SimpleNamespace(**vars(reference))
 
-    def swiglu(gate_up, quantized):
-        if len(gate_up) > limit:
-            failures.append(len(gate_up))
+    def linear_swiglu(x, *rest):
+        if len(x) > limit:
+            failures.append(len(x))
             raise MemoryError
-        return reference.swiglu(gate_up, quantized)
+        return reference.linear_swiglu(x, *rest)
 
-    ops.swiglu = swiglu
+    ops.linear_swiglu = linear_swiglu
     return ops
 
 

@@ -63,6 +63,12 @@ def assert_close_to_quantized(found, expected):
     assert (error <= nearest + 1e-4 * np.abs(wanted)).all()  # a tie may fall to either side
 
 
+def assert_same_bits(found, expected):
+    """Two quantized matrices."""
+    assert found.values.tobytes() == expected.values.tobytes()
+    assert found.scale.tobytes() == expected.scale.tobytes()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 33), (5, 128), (2, 1000)])
 def test_quantize(rng, rows, columns, dtype):
@@ -130,6 +136,29 @@ def test_rmsnorm(rng, tokens, hidden, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (1, 33), (7, 96), (130, 257)])
+@pytest.mark.parametrize(("mean", "spread"), [(0, 0.01), (3, 1)])
+def test_layernorm(rng, tokens, hidden, mean, spread, dtype):
+    # at the small spread, eps is not lost beside the variance
+    x = (mean + spread * random(rng, tokens, hidden)).astype(dtype)
+    weight, bias = random(rng, hidden, dtype=dtype), random(rng, hidden, dtype=dtype)
+    eps = 1e-4
+    expected = np.empty((tokens, hidden))
+    for token in range(tokens):
+        values = [float(value) for value in x[token]]
+        middle = math.fsum(values) / hidden
+        root = math.sqrt(math.fsum((value - middle) ** 2 for value in values) / hidden + eps)
+        expected[token] = [(value - middle) / root for value in values]
+    expected = expected * weight.astype(float) + bias.astype(float)
+    assert_equal(reference.layernorm(x, weight, bias, eps), expected, dtype)
+    wide = (array.astype(np.float32) for array in (x, weight, bias))
+    assert_same_bits(
+        reference.layernorm(x, weight, bias, eps, quantized=True),
+        reference.quantize(reference.layernorm(*wide, eps)),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "columns", "rows"),
     [(1, 1, 1), (1, 33, 7), (127, 5, 3), (128, 65, 9), (129, 64, 31), (300, 7, 130)],
@@ -188,6 +217,65 @@ def test_rope(rng, heads, kv_heads, head_dim, tokens, dtype):
     np.testing.assert_array_equal(found[:, (heads + kv_heads) * head_dim :], values)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS[:3])
+def test_products_with_what_follows(rng, heads, kv_heads, head_dim, dtype):
+    """As their two parts in float32, and rounded once."""
+    x, width = random(rng, 13, 33, dtype=dtype), (heads + 2 * kv_heads) * head_dim
+    weight, bias = random(rng, width, 33, dtype=dtype), random(rng, width, dtype=dtype)
+    positions = rng.integers(0, 50, 13).astype(np.int32)
+    cos, sin = random(rng, 50, head_dim // 2), random(rng, 50, head_dim // 2)
+    product = x.astype(np.float32) @ weight.astype(np.float32).T
+    turn = (positions, cos, sin, heads, kv_heads)
+    turned = reference.rope(product + bias.astype(np.float32), *turn)
+    assert_equal(reference.linear_rope(x, weight, bias, *turn) / 8, turned / 8, dtype)
+    gated = reference.swiglu(product)
+    assert_equal(reference.linear_swiglu(x, weight) / 32, gated / 32, dtype)
+    assert_close_to_quantized(reference.linear_swiglu(x, weight, quantized=True), gated)
+    eight_bit = reference.quantize(x), reference.quantize(weight)
+    wide = reference.linear(*eight_bit, out_dtype=np.float32)
+    found = reference.linear_swiglu(*eight_bit, out_dtype=dtype)
+    assert_equal(found / 32, reference.swiglu(wide) / 32, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "columns", "rows"), [(1, 1, 1), (7, 33, 9), (129, 64, 31), (3, 16, 130)]
+)
+def test_linear_relu(rng, tokens, columns, rows, dtype):
+    x = random(rng, tokens, columns, dtype=dtype)
+    weight = (random(rng, rows, columns) / math.sqrt(columns)).astype(dtype)
+    bias = random(rng, rows, dtype=dtype)
+    bias[-1] = -100  # never above 0
+    product = np.einsum("ti,oi->to", x.astype(float), weight.astype(float)) + bias.astype(float)
+    expected = np.where(product > 0, product, 0)
+    assert_equal(reference.linear_relu(x, weight, bias), expected, dtype)
+    wide = (array.astype(np.float32) for array in (x, weight, bias))
+    assert_same_bits(
+        reference.linear_relu(x, weight, bias, quantized=True),
+        reference.quantize(reference.linear_relu(*wide)),
+    )
+    eight_bit = reference.quantize(x), reference.quantize(weight)
+    rounded = (reference.dequantize(matrix).astype(float) for matrix in eight_bit)
+    product = np.einsum("ti,oi->to", *rounded) + bias.astype(float)
+    found = reference.linear_relu(*eight_bit, bias, out_dtype=dtype)
+    assert_equal(found, np.where(product > 0, product, 0), dtype)
+
+
+def test_relu_keeps_what_is_no_number():
+    x = np.array([[np.nan, 1.0], [np.inf, 1.0], [-1.0, 1.0]], np.float32)
+    found = reference.linear_relu(x, np.ones((1, 2), np.float32), np.zeros(1, np.float32))
+    np.testing.assert_array_equal(found, [[np.nan], [np.inf], [0]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (7, 33), (130, 257)])
+def test_add(rng, tokens, hidden, dtype):
+    x, y = random(rng, tokens, hidden, dtype=dtype), random(rng, tokens, hidden, dtype=dtype)
+    expected = x.astype(float) + y.astype(float)
+    assert_equal(reference.add(x, y), expected, dtype)
+
+
 def packed_rows(rng):
     """Rows that share prefixes, of 1 to 40 tokens fed."""
     rows = []
@@ -200,13 +288,13 @@ def packed_rows(rng):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("multiple", [1, 512])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-def test_attention(rng, heads, kv_heads, head_dim, pad, dtype):
-    (batch,) = pack(packed_rows(rng), 512, pad=pad)
+def test_attention(rng, heads, kv_heads, head_dim, multiple, dtype):
+    (batch,) = pack(packed_rows(rng), 512, multiple)
     tokens = len(batch.token_ids)
     qkv = random(rng, tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
-    found = reference.attention(qkv, batch, None, None, heads, kv_heads)
+    found = reference.attention(qkv, batch, heads, kv_heads)
     assert found.shape == (tokens, heads * head_dim)
     wide = qkv.astype(float).reshape(tokens, heads + 2 * kv_heads, head_dim)
     expected = np.empty((tokens, heads, head_dim))

@@ -156,21 +156,19 @@ def attention_work(batch: MicroBatch, config: ModelConfig, itemsize: int) -> Wor
 
 
 def attention(setting: Setting, name: str = "attention") -> Case:
-    """With the rotation of q and k, which is done in place."""
     ops, config, batch = setting.ops, setting.config, setting.batch
     heads = (config.num_attention_heads, config.num_key_value_heads)
     qkv, uploaded = setting.values(setting.tokens, config.qkv_size), ops.upload(batch)
-    tables = rope_tables(config, int(batch.positions.max()) + 1)
-    launch = partial(ops.attention, qkv, uploaded, *map(ops.to_device, tables), *heads)
+    launch = partial(ops.attention, qkv, uploaded, *heads)
 
     def checked() -> None:
-        before, out = qkv.copy(), launch()
+        out = launch()
         segments = len(batch.segment_start) - 1
         for segment in range(0, segments, -(-segments // CHECKED_SEGMENTS)):
             alone, keys = one_segment(batch, segment)
-            rows = _host(ops.gather(ops.to_device(keys), before))
+            rows = _host(ops.gather(ops.to_device(keys), qkv))
             first, last = batch.segment_start[segment : segment + 2].tolist()
-            expected = reference.attention(rows, alone, *tables, *heads)[first - last :]
+            expected = reference.attention(rows, alone, *heads)[first - last :]
             check(f"{name}, segment {segment},", out[first:last], expected, setting.dtype)
 
     work = attention_work(batch, config, qkv.itemsize)
@@ -211,6 +209,51 @@ def swiglu(setting: Setting, quantized: bool = False) -> Case:
 
     work = swiglu_work(setting.tokens, intermediate, gate_up.itemsize, quantized)
     return Case(name, launch, checked, work)
+
+
+def linear_work(tokens: int, n: int, k: int, columns: int, itemsize: int) -> Work:
+    """Operands read, `columns` of each row written; a product and a sum for each of n · k pairs."""
+    nbytes = ((tokens + n) * k + tokens * columns) * itemsize
+    return Work(nbytes, 2 * tokens * n * k)
+
+
+def linear_swiglu(setting: Setting) -> Case:
+    """The product with gate and up, and what SwiGLU makes of it."""
+    config, tokens = setting.config, setting.tokens
+    n, k = 2 * config.intermediate_size, config.hidden_size
+    x = setting.values(tokens, k)
+    weight = setting.values(n, k, seed=2, deviation=k**-0.5)
+    launch = partial(setting.ops.linear_swiglu, x, weight)
+
+    def checked() -> None:
+        some = _some(tokens)
+        expected = reference.linear_swiglu(_host(x[some]), _host(weight))
+        check("linear_swiglu", launch()[some], expected, setting.dtype)
+
+    work = linear_work(tokens, n, k, config.intermediate_size, x.itemsize)
+    return Case("linear_swiglu", launch, checked, work, on_matrix_units=True)
+
+
+def linear_rope(setting: Setting) -> Case:
+    """The product with q, k and v, and the rotation of q and k."""
+    ops, config, tokens = setting.ops, setting.config, setting.tokens
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    n, k = config.qkv_size, config.hidden_size
+    x = setting.values(tokens, k)
+    weight = setting.values(n, k, seed=2, deviation=k**-0.5)
+    positions = setting.batch.positions
+    tables = rope_tables(config, int(positions.max()) + 1)
+    on_device = [ops.to_device(array) for array in (positions, *tables)]
+    launch = partial(ops.linear_rope, x, weight, None, *on_device, *heads)
+
+    def checked() -> None:
+        some = _some(tokens)
+        turn = (positions[some], *tables, *heads)
+        expected = reference.linear_rope(_host(x[some]), _host(weight), None, *turn)
+        check("linear_rope", launch()[some], expected, setting.dtype)
+
+    work = linear_work(tokens, n, k, n, x.itemsize)
+    return Case("linear_rope", launch, checked, work, on_matrix_units=True)
 
 
 def bias_work(tokens: int, wide: int, itemsize: int) -> Work:
@@ -263,7 +306,7 @@ def log_probs(setting: Setting) -> Case:
     return Case("log_probs", launch, checked, log_probs_work(rows, vocab, int(start[-1])))
 
 
-EACH = (gather, rmsnorm, rope, attention, swiglu, bias, log_probs)
+EACH = (gather, rmsnorm, linear_rope, attention, linear_swiglu, log_probs, rope, swiglu, bias)
 EIGHT_BIT = (quantize, partial(rmsnorm, quantized=True), partial(swiglu, quantized=True))
 
 

@@ -18,8 +18,14 @@ _HOPPER = "_sm90.cu"
 _ITEMSIZE = {"FP16": 2, "BF16": 2, "FP32": 4}
 # Where rare head sizes are compiled too; elsewhere the common ones stand for them.
 _THOROUGH = (80, 90)
+# Bytes of a row of shared memory in the widest swizzle of Hopper's copy engine.
+PITCH = 128
 # The first with 8-bit floating point.
 FP8_ARCH = 89
+
+# attention_sm90.cu: keys of a step, on which bits depend, and neighbouring items that run together.
+STEP_KEYS = 64
+SECTION = 8
 
 Constants = dict[str, Any]
 
@@ -164,6 +170,63 @@ def attention_mma_shared_bytes(constants: Constants) -> int:
     return 2 * 2 * constants["KEYS"] * pitch
 
 
+def attention_sm90_constants(
+    storage: str, head_dim: int, num_heads: int, num_key_value_heads: int, item_queries: int
+) -> Constants:
+    """Of attention_sm90.cu, for items of 64 or 128 queries.
+
+    STAGES: what the shared memory of a multiprocessor holds for two blocks of one warpgroup that
+    multiplies, or for one block of two.  CHUNK: heads whose keys and values the L2 cache holds for
+    the items of a section.
+    """
+    assert item_queries in (64, 128), f"{item_queries=}"
+    return {
+        "STORAGE": storage,
+        "HEAD_DIM": head_dim,
+        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_key_value_heads,
+        "GROUPS": item_queries // 64,
+        "STAGES": 3 if item_queries == 64 else 5,
+        "KEYS": STEP_KEYS,
+        "SECTION": SECTION,
+        "CHUNK": max(n for n in range(1, 17) if num_heads % n == 0),
+    }
+
+
+def attention_sm90_shared_bytes(constants: Constants) -> int:
+    """Queries, stages of keys and values, barriers, and records from producers to consumers."""
+    row, stages = 2 * constants["HEAD_DIM"], constants["STAGES"]
+    matrices = (64 * constants["GROUPS"] + 2 * stages * constants["KEYS"]) * row
+    return matrices + 8 * (4 * stages + 2) + 32 + 8 * stages
+
+
+def gemm_sm90_constants(storage: str, epilogue: str, fp8: bool, head_dim: int = 0) -> Constants:
+    """Of gemm_sm90.cu; bits depend on none that is chosen here.
+
+    GROUP, STAGGER: what was fastest at the sizes of 7B and 30B, of 8,192 tokens.
+
+    Args:
+        epilogue: SWIGLU, or ROPE with `head_dim`.
+    """
+    return {
+        "STORAGE": storage,
+        "EPILOGUE": epilogue,
+        "FP8": int(fp8),
+        "HEAD_DIM": head_dim,
+        "TILE_M": 128,
+        "TILE_N": 256,
+        "CLUSTER": 2,
+        "STAGES": 4,
+        "GROUP": 8 if fp8 else 16,
+        "STAGGER": 2 if fp8 else 0,
+    }
+
+
+def gemm_sm90_shared_bytes(constants: Constants) -> int:
+    """A ring of rows of x and of weight, and two barriers a stage."""
+    return constants["STAGES"] * ((constants["TILE_M"] + constants["TILE_N"]) * PITCH + 16)
+
+
 def log_probs_constants(vocab: int) -> Constants:
     return {"VOCAB": vocab, "THREADS": 512}
 
@@ -185,11 +248,19 @@ def variants(arch: int) -> Iterator[tuple[str, Constants]]:
                 yield "quantize.cu", quantize_constants(storage, columns)
                 yield "rmsnorm.cu", rmsnorm_constants(storage, columns, quantize=True)
                 yield "swiglu.cu", swiglu_constants(storage, columns, quantize=True)
+        if arch == 90 and storage != "FP32":
+            for fp8 in (False, True):
+                yield "gemm_sm90.cu", gemm_sm90_constants(storage, "SWIGLU", fp8)
+                for head_dim in (64, 128):
+                    yield "gemm_sm90.cu", gemm_sm90_constants(storage, "ROPE", fp8, head_dim)
         for head_dim in _head_dims(arch):
             heads = (storage, head_dim, 32, 8)
             yield "attention.cu", attention_constants(*heads)
             if arch >= 80 and storage != "FP32":
                 yield "attention_mma.cu", attention_mma_constants(*heads)
+            if arch == 90 and storage != "FP32" and head_dim in (64, 128):
+                for item_queries in (64, 128):
+                    yield "attention_sm90.cu", attention_sm90_constants(*heads, item_queries)
     if arch in _THOROUGH:
         yield "rope.cu", rope_constants("FP16", 100, 32, 32)
         yield "bias.cu", {"STORAGE": "FP16", "OUT_T": "float", "WIDE": 331}

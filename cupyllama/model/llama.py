@@ -72,9 +72,10 @@ class Stage:
         ops, config = self.ops, self.config
         eight_bit = isinstance(layer.qkv_proj, Quantized)
         normed = ops.rmsnorm(hidden, layer.input_layernorm, config.rms_norm_eps, eight_bit)
-        qkv = ops.linear(normed, layer.qkv_proj, layer.qkv_bias, out_dtype=hidden.dtype)
         heads = (config.num_attention_heads, config.num_key_value_heads)
-        return ops.attention(qkv, batch, self.cos, self.sin, *heads)
+        turn = (batch.positions, self.cos, self.sin, *heads)
+        qkv = ops.linear_rope(normed, layer.qkv_proj, layer.qkv_bias, *turn, hidden.dtype)
+        return ops.attention(qkv, batch, *heads)
 
     def transform(self, layer: LayerWeights, mixed: Array, hidden: Array) -> Array:
         """The rest of the layer, token by token: (tokens, q), (tokens, hidden) -> the last."""
@@ -82,8 +83,8 @@ class Stage:
         eight_bit = isinstance(layer.gate_up_proj, Quantized)
         hidden = ops.linear(mixed, layer.o_proj, layer.o_bias, residual=hidden)
         normed = ops.rmsnorm(hidden, layer.post_attention_layernorm, config.rms_norm_eps, eight_bit)
-        gate_up = ops.linear(normed, layer.gate_up_proj, out_dtype=hidden.dtype)
-        return ops.linear(ops.swiglu(gate_up, eight_bit), layer.down_proj, residual=hidden)
+        gated = ops.linear_swiglu(normed, layer.gate_up_proj, eight_bit, hidden.dtype)
+        return ops.linear(gated, layer.down_proj, residual=hidden)
 
     def log_probs(self, layer: LayerWeights, batch: MicroBatch, hidden: Array) -> Array:
         """The last layer and the head, on rows with targets alone: (2, targets) float32.

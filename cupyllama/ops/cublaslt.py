@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import cupy
 
+# Every product has the algorithm that is best for so many rows: then a row's bits do not depend on
+# how many others there are.
+NOMINAL_M = 8192
 WORKSPACE_BYTES = 32 << 20  # as NVIDIA advises for Hopper
 
 # cudaDataType_t
@@ -97,6 +100,13 @@ def _call(name: str, *arguments) -> None:
         raise CublasLtError(f"cublasLt{name}", status)
 
 
+def version() -> int:
+    """Of the library, which is loaded for it: 130100 for 13.1."""
+    get_version = _library().cublasLtGetVersion
+    get_version.restype = c_size_t
+    return get_version()
+
+
 @cache
 def _handle(device: int) -> c_void_p:
     handle = c_void_p()
@@ -132,10 +142,13 @@ class Plan:
         self.a, self.b = _layout(operand, k, n), _layout(operand, k, m)
         self.d = _layout(result, n, m)
         self.beta = byref(_ONE if product.accumulate else _ZERO)
-        found = self._heuristics(rank + 1, product.alignment)
-        if rank >= len(found):
-            raise CublasLtError(f"no algorithm for {product}", 15)
-        self.heuristic = found[rank]
+        if m == NOMINAL_M:
+            found = self._heuristics(rank + 1, product.alignment)
+            if rank >= len(found):
+                raise CublasLtError(f"no algorithm for {product}", 15)
+            self.heuristic = found[rank]
+        else:
+            self.heuristic = plan(product._replace(m=NOMINAL_M), device).heuristic
         self.algorithm = byref(self.heuristic)
         self.matmul = _function("Matmul")
 

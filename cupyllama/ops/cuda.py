@@ -1,6 +1,5 @@
 """The operations on a GPU: checks and one launch each; `reference` says what they mean."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,33 +12,42 @@ import numpy as np
 
 from cupyllama import kernels
 from cupyllama.kernels import kernel
+from cupyllama.ops import cublaslt, gemm_sm90
+from cupyllama.ops.arrays import check, storage
+from cupyllama.ops.attention import (  # noqa: F401
+    attention,
+    attention_mma,
+    attention_portable,
+    attention_sm90,
+    rope,
+)
+from cupyllama.ops.attention_plan import QUERY_TILE, attention_arrays, item_queries  # noqa: F401
 from cupyllama.ops.gemm import gemm
 from cupyllama.packing import MicroBatch
 from cupyllama.quantized import Quantized
 
-# One shape for every matrix product of a run: cuBLAS may choose another algorithm for another one.
-FIXED_SHAPES = True
-LOGIT_CHUNK = 1024
-
-# Queries of a block of either attention kernel.
-QUERY_TILE = 64
+# Of a tile of a matrix product, and few: the last micro-batch is hardly longer than its text.
+TOKEN_MULTIPLE = 128
+LOGIT_CHUNK = 2048
 
 Array = cupy.ndarray
 
 # Kinds of error and the status of each that says so; CuPy's own OutOfMemoryError is a MemoryError.
 _OUT_OF_MEMORY = {"CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3}
 
-_STORAGE = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
-
 
 @dataclass(frozen=True)
 class DeviceBatch(MicroBatch):
-    """A MicroBatch in device memory, cut into tiles for attention.
+    """A MicroBatch in device memory, cut for attention as `attention_plan` says.
 
     Keep it until its results are there: the pool would hand `staged` out again.
     """
 
-    tiles: Array  # (tiles, 2) segment, first query in it; most keys first
+    items: Array  # (items, 4)
+    steps: Array  # (steps, 4)
+    tiles: Array  # (tiles, 2)
+    counter: Array  # (1,)
+    item_queries: int
     staged: np.ndarray  # pinned, and copied from while the device gets to it
 
 
@@ -109,9 +117,8 @@ def release_memory() -> None:
 
 
 def check_libraries() -> None:
-    """Raises whatever keeps cuBLAS from loading, or a kernel from being compiled and loaded."""
-    from cupy_backends.cuda.libs import cublas  # noqa: F401
-
+    """Raises whatever keeps cuBLASLt from loading, or a kernel from being compiled and loaded."""
+    cublaslt.version()
     kernel("swiglu.cu", "swiglu", **kernels.swiglu_constants("FP16", 64))
 
 
@@ -122,8 +129,9 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> Array:
 
 def upload(batch: MicroBatch) -> DeviceBatch:
     """The micro-batch in device memory by one copy, which the host does not wait for."""
-    # The tiles come first: the kernels read them in pairs, which must be aligned.
-    arrays = {"tiles": attention_tiles(batch)}
+    # These come first: the kernels read them by fours and in pairs, which must be aligned.
+    queries = item_queries(batch)
+    arrays = attention_arrays(batch, queries)
     arrays |= {field.name: getattr(batch, field.name) for field in fields(MicroBatch)}
     ends = np.cumsum([array.size for array in arrays.values()]).tolist()
     pinned = cupyx.empty_pinned(ends[-1], np.int32)
@@ -134,25 +142,14 @@ def upload(batch: MicroBatch) -> DeviceBatch:
         name: device[end - array.size : end].reshape(array.shape)
         for (name, array), end in zip(arrays.items(), ends, strict=True)
     }
-    return DeviceBatch(**parts, staged=pinned)
-
-
-def attention_tiles(batch: MicroBatch) -> np.ndarray:
-    """Segments cut into QUERY_TILE queries: (tiles, 2) int32, those that see most keys first."""
-    queries, keys = np.diff(batch.segment_start), np.diff(batch.key_start)
-    count = -(-queries // QUERY_TILE)
-    segment = np.repeat(np.arange(len(queries)), count)
-    first = (np.arange(len(segment)) - np.repeat(np.cumsum(count) - count, count)) * QUERY_TILE
-    seen = (keys - queries)[segment] + np.minimum(first + QUERY_TILE, queries[segment])
-    order = np.argsort(-seen, kind="stable")
-    return np.stack([segment, first], axis=1)[order].astype(np.int32)
+    return DeviceBatch(**parts, item_queries=queries, staged=pinned)
 
 
 def gather(rows: Array, table: Array) -> Array:
     """Rows of a table: (n,) int32, (any, columns) -> (n, columns)."""
     (count,), (_, columns) = rows.shape, table.shape
-    _check(rows, np.int32, (count,))
-    _check(table, table.dtype, table.shape)
+    check(rows, np.int32, (count,))
+    check(table, table.dtype, table.shape)
     out = cupy.empty((count, columns), table.dtype)
     if out.size:
         constants = kernels.gather_constants(columns, table.itemsize)
@@ -164,13 +161,13 @@ def gather(rows: Array, table: Array) -> Array:
 def quantize(x: Array, out: Quantized | None = None) -> Quantized:
     """Rows as e4m3, each with a scale: (rows, columns); see `reference.quantize`."""
     rows, columns = x.shape
-    _check(x, x.dtype, (rows, columns))
+    check(x, x.dtype, (rows, columns))
     if out is None:
         out = _quantized(rows, columns)
-    _check(out.values, np.uint8, (rows, columns))
-    _check(out.scale, np.float32, (rows,))
+    check(out.values, np.uint8, (rows, columns))
+    check(out.scale, np.float32, (rows,))
     if x.size:
-        constants = kernels.quantize_constants(_storage(x), columns)
+        constants = kernels.quantize_constants(storage(x), columns)
         launch = kernel("quantize.cu", "quantize", **constants)
         launch((rows,), (constants["THREADS"],), (out.values, out.scale, x))
     return out
@@ -192,11 +189,11 @@ def _results(rows: int, columns: int, dtype: np.dtype, quantized: bool) -> tuple
 def rmsnorm(x: Array, weight: Array, eps: float, quantized: bool = False) -> Array | Quantized:
     """x / sqrt(mean(x²) + eps) · weight: (tokens, hidden) -> the same."""
     tokens, hidden = x.shape
-    _check(x, x.dtype, (tokens, hidden))
-    _check(weight, x.dtype, (hidden,))
+    check(x, x.dtype, (tokens, hidden))
+    check(weight, x.dtype, (hidden,))
     out, written = _results(tokens, hidden, x.dtype, quantized)
     if x.size:
-        constants = kernels.rmsnorm_constants(_storage(x), hidden, quantized)
+        constants = kernels.rmsnorm_constants(storage(x), hidden, quantized)
         launch = kernel("rmsnorm.cu", "rmsnorm", **constants)
         launch((tokens,), (constants["THREADS"],), (*written, x, weight, np.float32(eps)))
     return out
@@ -218,7 +215,7 @@ def linear(
         out_dtype = x.dtype if residual is None else residual.dtype
     shape, dtype = (len(x), len(weight)), np.dtype(out_dtype)
     if residual is not None:
-        _check(residual, dtype, shape)
+        check(residual, dtype, shape)
     out = cupy.empty(shape, dtype) if residual is None else residual
     if not out.size:
         return out
@@ -230,127 +227,74 @@ def linear(
     return out
 
 
-def _put_bias(rows: Array, bias: Array, add: bool) -> None:
-    """rows += bias, or rows = bias: (tokens, out), (out,)."""
-    tokens, wide = rows.shape
-    _check(bias, bias.dtype, (wide,))
-    out_type = "storage_t" if rows.dtype == bias.dtype else "float"
-    assert out_type == "storage_t" or rows.dtype == np.float32, f"{rows.dtype} {bias.dtype}"
-    width = kernels.pack_width(wide, rows.itemsize)
-    name = "add_bias" if add else "set_bias"
-    launch = kernel("bias.cu", name, STORAGE=_storage(bias), OUT_T=out_type, WIDE=wide)
-    launch((tokens, _blocks(wide // width)), (256,), (rows, bias))
+def linear_swiglu(
+    x: Array | Quantized,
+    weight: Array | Quantized,
+    quantized: bool = False,
+    out_dtype: np.dtype | None = None,
+) -> Array | Quantized:
+    """silu(x · gateᵀ) · (x · upᵀ): (tokens, in), (2 · n, in), gate first -> (tokens, n).
+
+    By one kernel where the device has what it needs; elsewhere gate and up are written, and rounded
+    for that, once more than in `reference`.
+    """
+    dtype = np.dtype(out_dtype or x.dtype)
+    if isinstance(weight, Quantized) and not isinstance(x, Quantized):
+        x = quantize(x)
+    if not gemm_sm90.fits(x, weight, dtype):
+        return swiglu(linear(x, weight, out_dtype=dtype), quantized)
+    out = cupy.empty((len(x), len(weight) // 2), dtype)
+    gemm_sm90.linear_swiglu(out, x, weight)
+    return quantize(out) if quantized else out
 
 
-def rope(
-    qkv: Array,
+def linear_rope(
+    x: Array | Quantized,
+    weight: Array | Quantized,
+    bias: Array | None,
     positions: Array,
     cos: Array,
     sin: Array,
     num_heads: int,
     num_key_value_heads: int,
+    out_dtype: np.dtype | None = None,
 ) -> Array:
-    """Rotate the queries and keys of qkv by their positions, in place.
+    """x · weightᵀ + bias with its queries and keys rotated by their positions; see `reference`.
 
-    Args:
-        qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q then k then v.
-        positions: (tokens,) int32.
-        cos, sin: (positions, head_dim / 2) float32.
+    By one kernel where the device has what it needs and there is no bias; elsewhere the rotation is
+    of numbers that were rounded, once more than in `reference`.
     """
-    tokens, half = len(qkv), cos.shape[1]
-    constants = kernels.rope_constants(_storage(qkv), 2 * half, num_heads, num_key_value_heads)
-    _check(qkv, qkv.dtype, (tokens, constants["ROW"]))
-    _check(positions, np.int32, (tokens,))
-    _check(cos, np.float32, (len(cos), half))
-    _check(sin, np.float32, cos.shape)
-    if tokens:
-        packs = constants["ROTATED_HEADS"] * half // kernels.pack_width(half, qkv.itemsize)
-        launch = kernel("rope.cu", "rope", **constants)
-        launch((tokens,), (_threads(packs),), (qkv, positions, cos, sin))
-    return qkv
-
-
-def attention(
-    qkv: Array,
-    batch: DeviceBatch,
-    cos: Array | None,
-    sin: Array | None,
-    num_heads: int,
-    num_key_value_heads: int,
-) -> Array:
-    """softmax(q · kᵀ / sqrt(head_dim)) · v over the packed segments of `batch`, causal.
-
-    Args:
-        qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q then k then v; rotated
-            in place.
-        cos, sin: (positions, head_dim / 2) float32; None: no rotation.
-
-    Returns:
-        (tokens, num_heads · head_dim).
-    """
-    if cos is not None:
-        rope(qkv, batch.positions, cos, sin, num_heads, num_key_value_heads)
-    matrix_units = int(cupy.cuda.Device().compute_capability) >= 80 and qkv.itemsize == 2
-    on = attention_mma if matrix_units else attention_portable
-    return on(qkv, batch, num_heads, num_key_value_heads)
-
-
-def attention_mma(
-    qkv: Array, batch: DeviceBatch, num_heads: int, num_key_value_heads: int
-) -> Array:
-    """`attention` on matrix units: float16 or bfloat16, compute capability 8.0 and above."""
-    out, heads = _attention_out(qkv, num_heads, num_key_value_heads)
-    if out.size:
-        constants = kernels.attention_mma_constants(*heads)
-        shared = kernels.attention_mma_shared_bytes(constants)
-        launch = kernel("attention_mma.cu", "attention_mma", shared, **constants)
-        arguments = _attention_arguments(out, qkv, batch, constants["HEAD_DIM"])
-        launch((num_heads * len(batch.tiles),), (128,), arguments, shared_mem=shared)
+    dtype, head_dim = np.dtype(out_dtype or x.dtype), 2 * cos.shape[1]
+    if isinstance(weight, Quantized) and not isinstance(x, Quantized):
+        x = quantize(x)
+    if bias is not None or not gemm_sm90.fits(x, weight, dtype, head_dim):
+        qkv = linear(x, weight, bias, out_dtype=dtype)
+        return rope(qkv, positions, cos, sin, num_heads, num_key_value_heads)
+    out = cupy.empty((len(x), len(weight)), dtype)
+    rotated = (num_heads + num_key_value_heads) * head_dim
+    gemm_sm90.linear_rope(out, x, weight, positions, cos, sin, rotated)
     return out
 
 
-def attention_portable(
-    qkv: Array, batch: DeviceBatch, num_heads: int, num_key_value_heads: int
-) -> Array:
-    """`attention` on any GPU, in any storage."""
-    out, heads = _attention_out(qkv, num_heads, num_key_value_heads)
-    if out.size:
-        constants = kernels.attention_constants(*heads)
-        launch = kernel("attention.cu", "attention", **constants)
-        block_queries = 4 * constants["WARP_QUERIES"]
-        grid = (num_heads * len(batch.tiles), QUERY_TILE // block_queries)
-        launch(grid, (128,), _attention_arguments(out, qkv, batch, constants["HEAD_DIM"]))
-    return out
-
-
-def _attention_out(
-    qkv: Array, num_heads: int, num_key_value_heads: int
-) -> tuple[Array, tuple[str, int, int, int]]:
-    tokens, width = qkv.shape
-    head_dim, rest = divmod(width, num_heads + 2 * num_key_value_heads)
-    _check(qkv, qkv.dtype, (tokens, width))
-    assert rest == 0 and num_heads % num_key_value_heads == 0, f"{width=} {num_heads=}"
-    assert head_dim % 2 == 0 and head_dim <= 256, f"{head_dim=}"
-    out = cupy.empty((tokens, num_heads * head_dim), qkv.dtype)
-    return out, (_storage(qkv), head_dim, num_heads, num_key_value_heads)
-
-
-def _attention_arguments(
-    out: Array, qkv: Array, batch: DeviceBatch, head_dim: int
-) -> tuple[Any, ...]:
-    assert len(batch.token_ids) == len(qkv), f"{len(batch.token_ids)} {len(qkv)}"
-    scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
-    segments = (batch.tiles, batch.segment_start, batch.key_start, batch.key_index)
-    return (out, qkv, *segments, scale)
+def _put_bias(rows: Array, bias: Array, add: bool) -> None:
+    """rows += bias, or rows = bias: (tokens, out), (out,)."""
+    tokens, wide = rows.shape
+    check(bias, bias.dtype, (wide,))
+    out_type = "storage_t" if rows.dtype == bias.dtype else "float"
+    assert out_type == "storage_t" or rows.dtype == np.float32, f"{rows.dtype} {bias.dtype}"
+    width = kernels.pack_width(wide, rows.itemsize)
+    name = "add_bias" if add else "set_bias"
+    launch = kernel("bias.cu", name, STORAGE=storage(bias), OUT_T=out_type, WIDE=wide)
+    launch((tokens, _blocks(wide // width)), (256,), (rows, bias))
 
 
 def swiglu(gate_up: Array, quantized: bool = False) -> Array | Quantized:
     """silu(gate) · up: (tokens, 2 · intermediate), gate first -> (tokens, intermediate)."""
     tokens, intermediate = len(gate_up), gate_up.shape[1] // 2
-    _check(gate_up, gate_up.dtype, (tokens, 2 * intermediate))
+    check(gate_up, gate_up.dtype, (tokens, 2 * intermediate))
     out, written = _results(tokens, intermediate, gate_up.dtype, quantized)
     if gate_up.size:
-        constants = kernels.swiglu_constants(_storage(gate_up), intermediate, quantized)
+        constants = kernels.swiglu_constants(storage(gate_up), intermediate, quantized)
         launch = kernel("swiglu.cu", "swiglu", **constants)
         packs = intermediate // kernels.pack_width(intermediate, gate_up.itemsize)
         grid, threads = (
@@ -370,28 +314,15 @@ def log_probs(logits: Array, target_start: Array, target_token: Array, out: Arra
         out: (2, targets) float32; only columns target_start[0]:target_start[-1] are written.
     """
     (rows, vocab), (targets,) = logits.shape, target_token.shape
-    _check(logits, np.float32, (rows, vocab))
-    _check(target_start, np.int32, (rows + 1,))
-    _check(target_token, np.int32, (targets,))
-    _check(out, np.float32, (2, targets))
+    check(logits, np.float32, (rows, vocab))
+    check(target_start, np.int32, (rows + 1,))
+    check(target_token, np.int32, (targets,))
+    check(out, np.float32, (2, targets))
     if rows and targets:
         constants = kernels.log_probs_constants(vocab)
         launch = kernel("log_probs.cu", "log_probs", **constants)
         arguments = (out, logits, target_start, target_token, np.int32(targets))
         launch((rows,), (constants["THREADS"],), arguments)
-
-
-def _check(array: Array, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """Kernels see a bare pointer: what lies behind it is checked here."""
-    assert array.dtype == dtype, f"{array.dtype} instead of {dtype}"
-    assert array.shape == shape, f"{array.shape} instead of {shape}"
-    assert array.flags.c_contiguous, f"{array.shape} has strides {array.strides}"
-    # Index arrays are read one by one; whatever holds numbers is read 16 bytes at a time.
-    assert dtype == np.int32 or array.data.ptr % 16 == 0, f"{array.data.ptr:#x} is not aligned"
-
-
-def _storage(array: Array) -> str:
-    return _STORAGE[array.dtype.name]
 
 
 def _threads(items: int) -> int:

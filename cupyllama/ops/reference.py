@@ -21,8 +21,8 @@ import numpy as np
 from cupyllama.packing import MicroBatch
 from cupyllama.quantized import LARGEST, Quantized
 
-# Shapes may vary from one micro-batch to the next: padding would only cost time.
-FIXED_SHAPES = False
+# Any number of tokens will do: padding would only cost time.
+TOKEN_MULTIPLE = 1
 LOGIT_CHUNK = 1024
 
 # Rows of a matrix product that one core computes at a time.
@@ -125,6 +125,19 @@ def rmsnorm(
     return _stored(x32 * scale * _float32(weight), x.dtype, quantized)
 
 
+def layernorm(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float, quantized: bool = False
+) -> np.ndarray | Quantized:
+    """(x - mean(x)) / sqrt(var(x) + eps) · weight + bias (Ba et al. 2016): (tokens, hidden).
+
+    With `quantized`, as `quantize` makes it, and not rounded before.
+    """
+    x32 = _float32(x)
+    centred = x32 - np.mean(x32, axis=-1, keepdims=True)
+    scale = 1 / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + np.float32(eps))
+    return _stored(centred * scale * _float32(weight) + _float32(bias), x.dtype, quantized)
+
+
 def linear(
     x: np.ndarray | Quantized,
     weight: np.ndarray | Quantized,
@@ -164,6 +177,64 @@ def linear(
     return y
 
 
+def linear_swiglu(
+    x: np.ndarray | Quantized,
+    weight: np.ndarray | Quantized,
+    quantized: bool = False,
+    out_dtype: np.dtype | None = None,
+) -> np.ndarray | Quantized:
+    """silu(x · gateᵀ) · (x · upᵀ) (Shazeer 2020): (tokens, in), (2 · n, in) -> (tokens, n).
+
+    Args:
+        weight: gate, then up.
+        quantized: give the result as `quantize` makes it.
+        out_dtype: needed where x is quantized.
+    """
+    dtype = out_dtype or x.dtype
+    gate, up = np.split(linear(x, weight, out_dtype=np.float32), 2, axis=1)
+    return _stored(_silu(gate) * up, dtype, quantized)
+
+
+def linear_relu(
+    x: np.ndarray | Quantized,
+    weight: np.ndarray | Quantized,
+    bias: np.ndarray,
+    quantized: bool = False,
+    out_dtype: np.dtype | None = None,
+) -> np.ndarray | Quantized:
+    """max(x · weightᵀ + bias, 0), NaN where the sum is: (tokens, in), (out, in) -> (tokens, out).
+
+    Args:
+        quantized: give the result as `quantize` makes it.
+        out_dtype: needed where x is quantized.
+    """
+    dtype = out_dtype or x.dtype
+    return _stored(np.maximum(linear(x, weight, bias, out_dtype=np.float32), 0), dtype, quantized)
+
+
+def linear_rope(
+    x: np.ndarray | Quantized,
+    weight: np.ndarray | Quantized,
+    bias: np.ndarray | None,
+    positions: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    num_heads: int,
+    num_key_value_heads: int,
+    out_dtype: np.dtype | None = None,
+) -> np.ndarray:
+    """x · weightᵀ + bias with its queries and keys rotated by their positions; see `rope`.
+
+    Args:
+        x: (tokens, in).
+        weight: ((num_heads + 2 · num_key_value_heads) · head_dim, in), q then k then v.
+        out_dtype: needed where x is quantized.
+    """
+    dtype = out_dtype or x.dtype
+    qkv = linear(x, weight, bias, out_dtype=np.float32)
+    return rope(qkv, positions, cos, sin, num_heads, num_key_value_heads).astype(dtype)
+
+
 def rope(
     qkv: np.ndarray,
     positions: np.ndarray,
@@ -192,25 +263,16 @@ def rope(
 
 
 def attention(
-    qkv: np.ndarray,
-    batch: MicroBatch,
-    cos: np.ndarray | None,
-    sin: np.ndarray | None,
-    num_heads: int,
-    num_key_value_heads: int,
+    qkv: np.ndarray, batch: MicroBatch, num_heads: int, num_key_value_heads: int
 ) -> np.ndarray:
     """softmax(q · kᵀ / sqrt(head_dim)) · v over the packed segments of `batch`, causal.
 
     Args:
-        qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q then k then v. The caller
-            gives it up: q and k are rotated by their positions, and that may happen in place.
-        cos, sin: (positions, head_dim / 2) float32; None: no rotation.
+        qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q and k rotated.
 
     Returns:
         (tokens, num_heads · head_dim).
     """
-    if cos is not None:
-        rope(qkv, batch.positions, cos, sin, num_heads, num_key_value_heads)
     tokens = len(qkv)
     head_dim = qkv.shape[1] // (num_heads + 2 * num_key_value_heads)
     group = num_heads // num_key_value_heads
@@ -245,8 +307,12 @@ def swiglu(gate_up: np.ndarray, quantized: bool = False) -> np.ndarray | Quantiz
     With `quantized`, as `quantize` makes it, and not rounded before.
     """
     gate, up = np.split(_float32(gate_up), 2, axis=1)
-    with np.errstate(over="ignore"):  # exp(-gate) overflows to inf where silu(gate) is 0
-        return _stored(gate / (1 + np.exp(-gate)) * up, gate_up.dtype, quantized)
+    return _stored(_silu(gate) * up, gate_up.dtype, quantized)
+
+
+def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x + y: (tokens, hidden) each. The caller gives x up."""
+    return (_float32(x) + _float32(y)).astype(x.dtype)
 
 
 def log_probs(
@@ -267,6 +333,11 @@ def log_probs(
     log_sum = np.log(np.exp(logits - peak[:, None]).sum(axis=1)) + peak
     out[0, wanted] = logits[target_row, target_token[wanted]] - log_sum[target_row]
     out[1, wanted] = logits.argmax(axis=1)[target_row] == target_token[wanted]
+
+
+def _silu(x32: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # exp(-x) overflows to inf where silu(x) is 0
+        return x32 / (1 + np.exp(-x32))
 
 
 def _stored(x32: np.ndarray, dtype: np.dtype, quantized: bool) -> np.ndarray | Quantized:

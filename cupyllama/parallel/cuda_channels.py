@@ -6,6 +6,8 @@ what was computed in it has been sent on.
 """
 
 import fcntl
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import cupy
@@ -45,8 +47,10 @@ class DeviceTurn:
 class _Inbox:
     """The receiver's buffers, and the events after which each of them is free."""
 
-    def __init__(self, tokens: int, hidden_size: int, dtype: np.dtype):
-        self._arrays = [cupy.empty((tokens, hidden_size), dtype) for _ in range(SLOTS)]
+    def __init__(self, tokens: Sequence[int], hidden_size: int, dtype: np.dtype):
+        """`tokens`: of each micro-batch to come."""
+        self._tokens = deque(tokens)
+        self._arrays = [cupy.empty((max(tokens), hidden_size), dtype) for _ in range(SLOTS)]
         self._free: list[Any] = [None] * SLOTS
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._received = 0
@@ -55,10 +59,11 @@ class _Inbox:
         slot = self._received % SLOTS
         if self._free[slot] is not None:
             self._stream.wait_event(self._free[slot])
-        self._fill(self._arrays[slot], slot)
+        hidden = self._arrays[slot][: self._tokens.popleft()]
+        self._fill(hidden, slot)
         self._received += 1
         cupy.cuda.get_current_stream().wait_event(_record(self._stream))
-        return self._arrays[slot]
+        return hidden
 
     def release(self, departure: Departure | None) -> None:
         event = None if departure is None else departure.event
@@ -72,7 +77,9 @@ class _Inbox:
 class NCCLInbox(_Inbox):
     """Receives from another GPU."""
 
-    def __init__(self, comm: Any, source: int, tokens: int, hidden_size: int, dtype: np.dtype):
+    def __init__(
+        self, comm: Any, source: int, tokens: Sequence[int], hidden_size: int, dtype: np.dtype
+    ):
         super().__init__(tokens, hidden_size, dtype)
         self._nccl = _nccl_pair(comm, source, is_sender=False)
         self._fill(self._arrays[0][:1], 0)  # NCCL connects at the first message
@@ -164,7 +171,9 @@ class IPCOutbox:
 class IPCInbox(_Inbox):
     """Receives from another process on the same GPU."""
 
-    def __init__(self, comm: Any, source: int, tokens: int, hidden_size: int, dtype: np.dtype):
+    def __init__(
+        self, comm: Any, source: int, tokens: Sequence[int], hidden_size: int, dtype: np.dtype
+    ):
         super().__init__(tokens, hidden_size, dtype)
         self._comm, self._source = comm, source
         handles, events = comm.recv(source=source, tag=_SETUP_TAG)
@@ -173,7 +182,7 @@ class IPCInbox(_Inbox):
         self._freed = [_interprocess_event() for _ in range(SLOTS)]
         handles = [runtime.ipcGetEventHandle(event.ptr) for event in self._freed]
         comm.send(handles, source, _SETUP_TAG)
-        self._tokens: list[Any] = []
+        self._freeing: list[Any] = []
 
     def _fill(self, array: cupy.ndarray, slot: int) -> None:
         _receive_token(self._comm, self._source, HIDDEN_TAG)
@@ -186,8 +195,8 @@ class IPCInbox(_Inbox):
             self._stream.ptr,
         )
         self._freed[slot].record(self._stream)
-        self._tokens = [request for request in self._tokens if not request.Test()]
-        self._tokens.append(self._comm.Isend(_token(), self._source, _FREED_TAG))
+        self._freeing = [request for request in self._freeing if not request.Test()]
+        self._freeing.append(self._comm.Isend(_token(), self._source, _FREED_TAG))
 
 
 def _interprocess_event() -> cupy.cuda.Event:

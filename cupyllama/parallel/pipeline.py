@@ -150,7 +150,7 @@ def _inbox(
     from cupyllama.parallel import cuda_channels
 
     kind = cuda_channels.IPCInbox if place == device.place else cuda_channels.NCCLInbox
-    return kind(comm, peer, *shape)
+    return kind(comm, peer, tokens, *shape[1:])
 
 
 def _outbox(comm: Any, peer: int, place: str, device: Device, shape: tuple) -> Any:

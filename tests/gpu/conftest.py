@@ -1,8 +1,29 @@
-"""Skip the tests of this folder where no GPU is usable."""
+"""Skip the tests of this folder where no GPU is usable; what those of kernels start from."""
 
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+
+@pytest.fixture
+def rng():
+    seed = time.time_ns() % 2**32
+    print(f"{seed=}")  # pytest shows it when the test fails
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def poison():
+    """What the memory pool hands out next holds NaN wherever nobody writes."""
+    import cupy
+
+    block = cupy.full(1 << 28, 0xFF, cupy.uint8)
+    del block
+    yield
+    cupy.cuda.get_current_stream().synchronize()
+    cupy.get_default_memory_pool().free_all_blocks()
 
 
 def _gpu_problem() -> str | None:

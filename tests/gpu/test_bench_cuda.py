@@ -48,7 +48,8 @@ def has_fp8():
 def test_kernels(tmp_path, dtype):
     arguments = ["--dtype", dtype, "--micro-batch-tokens", 2048, "--repeats", 5]
     found, text = measured(tmp_path / "out.json", "kernels", *arguments)
-    names = ["gather", "rmsnorm", "rope", "attention", "swiglu", "bias", "log_probs"]
+    names = ["gather", "rmsnorm", "linear_rope", "attention", "linear_swiglu", "log_probs"]
+    names += ["rope", "swiglu", "bias"]
     names += ["quantize", "rmsnorm, fp8", "swiglu, fp8"] if has_fp8() else []
     assert [run["kernel"] for run in found["runs"]] == [*names, "attention, few-shot"]
     assert found["copy_bytes_per_second"] > 1e10 and found["gemm_tflops"] > 0
@@ -83,7 +84,9 @@ def test_score(tmp_path):
         assert run["tokens_asked"] > run["tokens_computed"] > 0
         assert run["peak_memory_bytes"] > 3 * 2 * 256 * 512 * 3  # of the weights alone
         spent = run["breakdown"]
-        assert {"linear qkv_proj", "attention", "swiglu"} <= set(spent["layer"])
+        assert {"linear_rope qkv_proj", "attention", "linear_swiglu gate_up_proj"} <= set(
+            spent["layer"]
+        )
         parts = 2 * sum(spent["layer"].values()) + sum(spent["rest"].values())
         assert 0 < parts <= 1.05 * spent["seconds"]
     assert "linear gate_up_proj" in text
@@ -121,6 +124,7 @@ def off(out):
     "operation, also",
     [
         *(("gather", ""), ("rmsnorm", ""), ("rope", ""), ("attention", ""), ("swiglu", "")),
+        *(("linear_rope", ""), ("linear_swiglu", "")),
         *(("log_probs", ""), ("quantize", "fp8"), ("rmsnorm", "fp8"), ("swiglu", "fp8")),
     ],
 )
@@ -141,7 +145,6 @@ def test_a_wrong_kernel_is_named(monkeypatch, operation, also):
     result = bench("kernels", "--micro-batch-tokens", 2048, "--repeats", 2)
     assert result.exit_code == 1, result.output
     name = f"{operation}, fp8" if also and operation != "quantize" else operation
-    # attention rotates: it is wrong too where `rope` is, but comes after it
     assert result.stderr.startswith(f"cupyllama: {name}") and "is wrong" in result.stderr
 
 

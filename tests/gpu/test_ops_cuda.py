@@ -1,63 +1,26 @@
 """Each CUDA operation against its definition, on fresh random inputs and in poisoned memory."""
 
-import time
-
 import ml_dtypes
 import numpy as np
 import pytest
+from device_arrays import (
+    BF16,
+    DTYPES,
+    TOLERANCE,
+    assert_close,
+    assert_same_bits,
+    every_dtype,
+    host,
+    normal,
+    wide,
+)
 
 from cupyllama.ops import reference
-from cupyllama.packing import TokenRow, pack
 
 cupy = pytest.importorskip("cupy")
 cuda = pytest.importorskip("cupyllama.ops.cuda")
 
-pytestmark = pytest.mark.gpu
-
-BF16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = [np.dtype(np.float16), BF16, np.dtype(np.float32)]
-# ‖out - ref‖ / ‖ref‖: half a unit in the last place of each storage, and room for the sums.
-TOLERANCE = {"float16": 5e-4, "bfloat16": 4e-3, "float32": 1e-5}
-
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
-
-
-@pytest.fixture
-def rng():
-    seed = time.time_ns() % 2**32
-    print(f"{seed=}")  # pytest shows it when the test fails
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """What the memory pool hands out next holds NaN wherever nobody writes."""
-    block = cupy.full(1 << 28, 0xFF, cupy.uint8)
-    del block
-    yield
-    cupy.cuda.get_current_stream().synchronize()
-    cupy.get_default_memory_pool().free_all_blocks()
-
-
-def normal(rng, shape, dtype, scale=1.0):
-    return (rng.standard_normal(shape, np.float32) * np.float32(scale)).astype(dtype)
-
-
-def host(x):
-    return cuda.download(x)()
-
-
-def wide(x):
-    return x.astype(np.float32)
-
-
-def assert_close(out, expected, tolerance=None):
-    tolerance = tolerance or TOLERANCE[out.dtype.name]
-    got, expected = host(out).astype(np.float64), np.asarray(expected, np.float64)
-    assert got.shape == expected.shape
-    assert np.isfinite(got).all(), f"{np.count_nonzero(~np.isfinite(got))} not finite"
-    error = np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30)
-    assert error <= tolerance, f"{error=:.3g} {tolerance=}"
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 
 def assert_quantized(out, expected):
@@ -72,13 +35,6 @@ def assert_quantized(out, expected):
     apart = np.nan_to_num(np.abs(got - want))
     assert (apart <= np.maximum(np.abs(np.nan_to_num(want)) / 7.9, 2**-9)).all()  # one step at most
     assert np.count_nonzero(apart) <= 1 + 0.002 * apart.size
-
-
-def assert_same_bits(a, b):
-    a, b = (x if isinstance(x, np.ndarray) else host(x) for x in (a, b))
-    assert a.dtype == b.dtype and a.shape == b.shape
-    different = np.count_nonzero(a.view(f"u{a.itemsize}") != b.view(f"u{b.itemsize}"))
-    assert different == 0, f"{different} of {a.size} differ"
 
 
 @every_dtype
@@ -184,14 +140,6 @@ def test_linear_quantized(rng, dtype, tokens, depth, width, with_residual):
         assert_same_bits(cuda.linear(cuda.to_device(x), quantized), out)
 
 
-def test_linear_quantized_row_bits_do_not_depend_on_place(rng):
-    x, weight = normal(rng, (1024, 4096), np.float16), normal(rng, (1024, 4096), np.float16)
-    quantized, order = cuda.quantize(cuda.to_device(weight)), rng.permutation(1024)
-    out = cuda.linear(cuda.to_device(x), quantized)
-    moved = cuda.linear(cuda.to_device(x[order]), quantized)
-    assert_same_bits(moved, host(out)[order])
-
-
 @every_dtype
 def test_linear_of_unaligned_arrays(rng, dtype):
     x, weight = normal(rng, (64, 128), dtype), normal(rng, (96, 128), dtype)
@@ -202,17 +150,33 @@ def test_linear_of_unaligned_arrays(rng, dtype):
     assert_close(cuda.linear(shifted, cuda.to_device(weight)), expected)
 
 
-@every_dtype
-@pytest.mark.parametrize("width, depth", [(1024, 4096), (331, 1000)])
-def test_linear_row_bits_do_not_depend_on_place(rng, dtype, width, depth):
-    x, weight = (
-        normal(rng, (1024, depth), dtype),
-        cuda.to_device(normal(rng, (width, depth), dtype)),
-    )
-    order = rng.permutation(1024)
-    out = cuda.linear(cuda.to_device(x), weight)
-    moved = cuda.linear(cuda.to_device(x[order]), weight)
-    assert_same_bits(moved, host(out)[order])
+# The matrices of LLaMA-7B, and what nothing is aligned to.
+MATRICES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096), (331, 1000)]
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "float32", "fp8"])
+@pytest.mark.parametrize("width, depth", MATRICES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_linear_row_bits_depend_on_nothing_else(rng, storage, width, depth, residual):
+    """Neither on a row's place, nor on how many there are."""
+    if storage == "fp8" and (width % 16 or depth % 16):
+        pytest.skip("no 8-bit product of such sizes")
+    dtype = np.dtype(BF16 if storage == "bfloat16" else "float16" if storage == "fp8" else storage)
+    x, weight = cupy.empty((8192, depth), dtype), cupy.empty((width, depth), dtype)
+    for array in (x, weight):
+        array[...] = cupy.random.standard_normal(array.shape, dtype=np.float32)
+    weight = cuda.quantize(weight) if storage == "fp8" else weight
+    old = cupy.zeros((8192, width), dtype)
+    old[...] = cupy.random.standard_normal(old.shape, dtype=np.float32)
+
+    def product(rows):
+        return cuda.linear(x[rows], weight, residual=old[rows].copy() if residual else None)
+
+    everything = product(slice(None))
+    order = cupy.asarray(rng.permutation(8192))
+    assert_same_bits(product(order), everything[order])
+    for first, last in ((0, 1), (8191, 8192), (5, 42), (300, 428), (1024, 2048), (7, 5000)):
+        assert_same_bits(product(slice(first, last)), everything[first:last])
 
 
 @every_dtype
@@ -295,136 +259,6 @@ def test_log_probs_row_bits_do_not_depend_on_place(rng):
         cuda.log_probs(*device, out)
         results.append(host(out))
     assert_same_bits(results[1], results[0][:, order])
-
-
-def forest(rng, rows, longest, tokens):
-    """Micro-batches of random rows of 1 to `longest` tokens, most of which share a prefix."""
-    token_rows: list[TokenRow] = []
-    for choice in range(rows):
-        token_ids = list(map(int, rng.integers(0, 99, rng.integers(2, longest + 2))))
-        if token_rows and rng.random() < 0.7:
-            other = token_rows[rng.integers(len(token_rows))].token_ids
-            cut = rng.integers(len(other))
-            token_ids = (other[:cut] + token_ids)[: longest + 1]
-        token_rows.append(TokenRow(token_ids, len(token_ids) - 1, choice))
-    return list(pack(token_rows, tokens, 8))
-
-
-def dense_attention(qkv, batch, heads, kv_heads):
-    """Row by row and head by head in float64."""
-    width = qkv.shape[1] // (heads + 2 * kv_heads)
-    x = wide(qkv).astype(np.float64).reshape(len(qkv), -1, width)
-    out = np.empty((len(qkv), heads, width))
-    for s in range(len(batch.segment_start) - 1):
-        first, last = batch.segment_start[s : s + 2]
-        row = x[batch.key_index[batch.key_start[s] : batch.key_start[s + 1]]]
-        n, k = last - first, len(row)
-        unseen = np.arange(k) > np.arange(k - n, k)[:, None]
-        for head in range(heads):
-            kv_head = heads + head // (heads // kv_heads)
-            scores = x[first:last, head] @ row[:, kv_head].T / np.sqrt(width)
-            scores = np.where(unseen, -np.inf, scores)
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            weights /= weights.sum(axis=1, keepdims=True)
-            out[first:last, head] = weights @ row[:, kv_head + kv_heads]
-    return out.reshape(len(qkv), -1)
-
-
-def attentions(dtype):
-    """Both kernels, where the device and the storage allow."""
-    yield cuda.attention_portable
-    if int(cupy.cuda.Device().compute_capability) >= 80 and dtype.itemsize == 2:
-        yield cuda.attention_mma
-
-
-# Query and key heads for each head size.
-HEADS = {
-    **{32: (4, 4), 62: (2, 1), 64: (8, 2), 80: (3, 1), 96: (2, 2), 100: (4, 4)},
-    **{128: (8, 2), 130: (2, 2), 192: (2, 1), 196: (4, 2), 254: (3, 1), 256: (3, 3)},
-}
-FORESTS = [(1, 1, 16), (3, 5, 64), (40, 170, 2048), (9, 700, 2048)]
-
-
-@every_dtype
-@pytest.mark.parametrize("head_dim", list(HEADS))
-@pytest.mark.parametrize("rows, longest, tokens", FORESTS)
-def test_attention(rng, dtype, head_dim, rows, longest, tokens):
-    heads, kv_heads = HEADS[head_dim]
-    for batch in forest(rng, rows, longest, tokens)[:2]:
-        qkv = normal(rng, (tokens, (heads + 2 * kv_heads) * head_dim), dtype)
-        expected = dense_attention(qkv, batch, heads, kv_heads)
-        for attention in attentions(dtype):
-            out = attention(cuda.to_device(qkv), cuda.upload(batch), None, None, heads, kv_heads)
-            assert_close(out, expected)
-
-
-@every_dtype
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_attention_over_long_rows(rng, dtype, head_dim):
-    long_row = TokenRow(list(map(int, rng.integers(0, 99, 3301))), 3300, 0)
-    tail = TokenRow(long_row.token_ids[:3200] + [100] * 90, 3289, 1)
-    (batch,) = pack([long_row, tail], 3500, 8)
-    qkv = normal(rng, (3500, 4 * head_dim), dtype, 2)  # sharp softmax: the peak moves
-    expected = dense_attention(qkv, batch, 2, 1)
-    for attention in attentions(dtype):
-        out = attention(cuda.to_device(qkv), cuda.upload(batch), None, None, 2, 1)
-        assert_close(out, expected)
-
-
-@every_dtype
-@pytest.mark.parametrize("head_dim", [64, 100, 128, 190, 196, 254, 256])
-def test_attention_row_bits_do_not_depend_on_company(rng, dtype, head_dim):
-    heads, kv_heads = 4, 2
-    batch = forest(rng, 30, 200, 2048)[0]
-    qkv = normal(rng, (2048, (heads + 2 * kv_heads) * head_dim), dtype)
-    for attention in attentions(dtype):
-        together = attention(cuda.to_device(qkv), cuda.upload(batch), None, None, heads, kv_heads)
-        together = host(together)
-        for s in range(len(batch.segment_start) - 1):
-            first, last = batch.segment_start[s : s + 2]
-            places = batch.key_index[batch.key_start[s] : batch.key_start[s + 1]]
-            row = TokenRow(list(range(len(places) + 1)), 1, 0)
-            (lonely,) = pack([row], len(places), 1)
-            own = cuda.to_device(qkv[places])
-            alone = host(attention(own, cuda.upload(lonely), None, None, heads, kv_heads))
-            assert_same_bits(alone[len(places) - (last - first) :], together[first:last])
-
-
-@pytest.mark.parametrize("heads", [1, 3])
-def test_attention_over_many_tiles(rng, heads):
-    """More segments than a grid has rows; each is one token, which sees its own value alone."""
-    (batch,) = pack([TokenRow([i, 0], 1, i) for i in range(70_000)], 70_000, 1)
-    qkv = normal(rng, (70_000, 3 * heads * 32), np.float16)
-    for attention in attentions(qkv.dtype):
-        out = attention(cuda.to_device(qkv), cuda.upload(batch), None, None, heads, heads)
-        # equal, but not in the sign of a zero: -0 added to what a tile has of zeros is 0
-        np.testing.assert_array_equal(host(out), qkv[:, 2 * heads * 32 :])
-
-
-def test_attention_ignores_other_segments(rng):
-    """NaN in one row stays in that row."""
-    rows = [TokenRow([first] + list(range(100)), 1, first) for first in range(3)]
-    (batch,) = pack(rows, 300, 1)
-    qkv = normal(rng, (300, 4 * 64), np.float16)
-    qkv[100:200] = np.nan
-    for attention in attentions(qkv.dtype):
-        out = host(attention(cuda.to_device(qkv), cuda.upload(batch), None, None, 2, 1))
-        assert np.isfinite(out[:100]).all() and np.isfinite(out[200:]).all()
-        assert np.isnan(out[100:200]).all()
-
-
-def test_upload(rng):
-    batch = forest(rng, 30, 100, 1024)[0]
-    uploaded = [cuda.upload(batch) for _ in range(20)]
-    for device in uploaded:
-        for name, array in vars(batch).items():
-            np.testing.assert_array_equal(host(getattr(device, name)), array)
-    tiles = host(uploaded[0].tiles)
-    covered = np.zeros(1024, int)
-    for segment, first in tiles:
-        begin, end = batch.segment_start[segment : segment + 2]
-        covered[begin + first : min(begin + first + cuda.QUERY_TILE, end)] += 1
-    assert (covered == 1).all()
 
 
 def test_bad_arrays_are_refused():

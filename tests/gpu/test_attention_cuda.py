@@ -1,0 +1,251 @@
+"""Every attention kernel against its definition, and the bits of a row against its company."""
+
+import numpy as np
+import pytest
+from device_arrays import (
+    BF16,
+    assert_close,
+    assert_same_bits,
+    cuda,
+    every_dtype,
+    host,
+    normal,
+    wide,
+)
+
+from cupyllama.ops import reference
+from cupyllama.packing import TokenRow, pack
+
+cupy = pytest.importorskip("cupy")
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+
+FP16, FP32 = np.dtype(np.float16), np.dtype(np.float32)
+CHECKED_SEGMENTS = 12
+
+# Query and key heads for each head size.
+HEADS = {
+    **{32: (4, 4), 62: (2, 1), 64: (8, 2), 80: (3, 1), 96: (2, 2), 100: (4, 4)},
+    **{128: (8, 2), 130: (2, 2), 192: (2, 1), 196: (4, 2), 254: (3, 1), 256: (3, 3)},
+}
+# Rows, the longest of them, and tokens of a micro-batch.
+FORESTS = [(1, 1, 16), (3, 5, 64), (40, 170, 2048), (9, 700, 2048)]
+
+
+def upload(batch, item_queries):
+    """The micro-batch with items of so many queries, whatever `upload` would choose."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "item_queries", lambda _: item_queries)
+        return cuda.upload(batch)
+
+
+def kernels_for(dtype, head_dim):
+    """Names and launches, of arrays at the host, of all that this device has for such heads."""
+
+    def on(attention, item_queries):
+        def launch(qkv, batch, heads, kv_heads):
+            given, uploaded = cuda.to_device(qkv), upload(batch, item_queries)
+            out = host(attention(given, uploaded, heads, kv_heads))
+            again = attention(given, uploaded, heads, kv_heads)  # all is as it was before
+            assert_same_bits(again, out)
+            assert_same_bits(given, qkv)
+            assert host(uploaded.counter) == [0]
+            return out
+
+        return launch
+
+    found = {}
+    capability = int(cupy.cuda.Device().compute_capability)
+    if dtype == FP32 or head_dim in (62, 64, 128, 196):
+        found["portable"] = on(cuda.attention_portable, 64)
+    if capability >= 80 and dtype.itemsize == 2:
+        found["mma"] = on(cuda.attention_mma, 128)
+        if capability == 90 and head_dim in (64, 128):
+            found["sm90, 64"] = on(cuda.attention_sm90, 64)
+            found["sm90, 128"] = on(cuda.attention_sm90, 128)
+    return found
+
+
+def forest(rng, rows, longest, tokens):
+    """Micro-batches of random rows of 1 to `longest` tokens, most of which share a prefix."""
+    token_rows: list[TokenRow] = []
+    for choice in range(rows):
+        token_ids = rng.integers(0, 99, rng.integers(2, longest + 2)).tolist()
+        if token_rows and rng.random() < 0.7:
+            other = token_rows[rng.integers(len(token_rows))].token_ids
+            cut = rng.integers(len(other))
+            token_ids = (other[:cut] + token_ids)[: longest + 1]
+        token_rows.append(TokenRow(token_ids, len(token_ids) - 1, choice))
+    return list(pack(token_rows, tokens, 8))
+
+
+def prompts(rng, *prompts):
+    """A micro-batch of rows of prompts, each (its length, the lengths of its endings ...)."""
+    rows = []
+    for length, *endings in prompts:
+        prompt = rng.integers(0, 1 << 20, length + 1).tolist()
+        for ending in endings:
+            token_ids = prompt + rng.integers(0, 1 << 20, ending).tolist()
+            rows.append(TokenRow(token_ids, length, len(rows)))
+    (batch,) = pack(rows, sum(len(row.token_ids) for row in rows), 8)
+    return batch
+
+
+def check_kernels(rng, qkv, batch, heads, kv_heads):
+    """All kernels on the first, the last and some other segments; and that all is finite."""
+    head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
+    outs = {
+        name: launch(qkv, batch, heads, kv_heads)
+        for name, launch in kernels_for(qkv.dtype, head_dim).items()
+    }
+    assert all(np.isfinite(wide(out)).all() for out in outs.values())
+    x = qkv.reshape(len(qkv), -1, head_dim)
+    count = len(batch.segment_start) - 1
+    for s in {0, count - 1, *rng.integers(0, count, CHECKED_SEGMENTS).tolist()}:
+        first, last = batch.segment_start[s : s + 2]
+        row = x[batch.key_index[batch.key_start[s] : batch.key_start[s + 1]]].astype(np.float64)
+        n, k = last - first, len(row)
+        q = row[k - n :, :heads].transpose(1, 0, 2)
+        keys, values = (
+            np.repeat(part.transpose(1, 0, 2), heads // kv_heads, axis=0)
+            for part in np.split(row[:, heads:], 2, axis=1)
+        )
+        scores = q @ keys.transpose(0, 2, 1) / np.sqrt(head_dim)
+        scores[:, np.arange(k) > np.arange(k - n, k)[:, None]] = -np.inf
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        expected = weights / weights.sum(axis=-1, keepdims=True) @ values
+        for name, out in outs.items():
+            print(f"{name}, segment {s} of {count}, {n} queries, {k} keys")
+            assert_close(out[first:last], expected.transpose(1, 0, 2).reshape(n, -1))
+
+
+@every_dtype
+@pytest.mark.parametrize("head_dim", list(HEADS))
+def test_attention(rng, dtype, head_dim):
+    heads, kv_heads = HEADS[head_dim]
+    if dtype == BF16 and head_dim not in (64, 100, 128):
+        pytest.skip("as float16")
+    for shape in FORESTS:
+        for batch in forest(rng, *shape)[:2]:
+            wide_row = (heads + 2 * kv_heads) * head_dim
+            qkv = normal(rng, (len(batch.token_ids), wide_row), dtype, 1.5)
+            check_kernels(rng, qkv, batch, heads, kv_heads)
+
+
+@pytest.mark.parametrize(
+    "head_dim, heads, kv_heads", [(128, 32, 8), (128, 52, 52), (128, 3, 3), (64, 3, 3)]
+)
+def test_attention_of_other_heads(rng, head_dim, heads, kv_heads):
+    batch = prompts(rng, (1, 1), (63, 1, 1, 65), (127, 64, 63, 1, 5), (200, 128, 130, 1))
+    qkv = normal(rng, (len(batch.token_ids), (heads + 2 * kv_heads) * head_dim), FP16, 1.5)
+    check_kernels(rng, qkv, batch, heads, kv_heads)
+
+
+@every_dtype
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_over_long_rows(rng, dtype, head_dim):
+    heads, kv_heads = HEADS[head_dim]
+    batch = prompts(rng, (2210, 90, 1, 64, 30), (129, 300, 1), (700, 3, 90, 1, 1, 1, 33, 17))
+    # sharp softmax: the peak moves
+    qkv = normal(rng, (len(batch.token_ids), (heads + 2 * kv_heads) * head_dim), dtype, 2)
+    check_kernels(rng, qkv, batch, heads, kv_heads)
+
+
+@every_dtype
+@pytest.mark.parametrize("head_dim", [64, 100, 128, 196, 256])
+def test_row_bits_do_not_depend_on_company(rng, dtype, head_dim):
+    """The same rows among all others, among some, and alone, by items of either size."""
+    if dtype == BF16 and head_dim not in (64, 100, 128):
+        pytest.skip("as float16")
+    heads, kv_heads = HEADS[head_dim]
+    vectors = normal(rng, (5003, (heads + 2 * kv_heads) * head_dim), dtype)
+    rows = [(50, 10, 12, 9), (300, 30, 31, 29, 30), (90, 70, 2), (128, 64, 64), (7, 3)]
+    rows = [TokenRow(*row) for row in _rows(rng, rows)]
+    chosen = [rows, rows[1::2], rows[::3], *([row] for row in rows[::4])]
+    bits = {}
+    for name, launch in kernels_for(dtype, head_dim).items():
+        seen = {}
+        for some in chosen:
+            (batch,) = pack(some, 4096, 8)
+            prefixes = _prefixes(batch)
+            # What a token's vector is, its row up to it decides.
+            qkv = vectors[[hash(prefix) % len(vectors) for prefix in prefixes]]
+            out = launch(qkv, batch, heads, kv_heads)
+            for prefix, row in zip(prefixes, out, strict=True):
+                assert seen.setdefault(prefix, row.tobytes()) == row.tobytes(), name
+        bits[name] = seen
+    if "sm90, 64" in bits:
+        assert bits["sm90, 64"] == bits["sm90, 128"]
+
+
+def _rows(rng, shapes):
+    for length, *endings in shapes:
+        prompt = rng.integers(0, 1 << 20, length + 1).tolist()
+        for ending in endings:
+            yield prompt + rng.integers(0, 1 << 20, ending).tolist(), length, 0
+
+
+def _prefixes(batch):
+    """Of every packed place, the tokens of its row up to it."""
+    prefixes = []
+    for s in range(len(batch.segment_start) - 1):
+        row = batch.token_ids[batch.key_index[batch.key_start[s] : batch.key_start[s + 1]]].tolist()
+        own = int(np.diff(batch.segment_start)[s])
+        prefixes += [tuple(row[: len(row) - own + i + 1]) for i in range(own)]
+    return prefixes
+
+
+@pytest.mark.parametrize("head_dim, heads", [(32, 4), (64, 3)])
+def test_attention_over_many_segments(rng, head_dim, heads):
+    """More than a grid has rows; each is one token, which sees its own value alone."""
+    (batch,) = pack([TokenRow([i, 0], 1, i) for i in range(70_000)], 70_000, 1)
+    qkv = normal(rng, (70_000, 3 * heads * head_dim), FP16)
+    for launch in kernels_for(FP16, head_dim).values():
+        # equal, but not in the sign of a zero: -0 added to what a tile has of zeros is 0
+        out = launch(qkv, batch, heads, heads)
+        np.testing.assert_array_equal(out, qkv[:, 2 * heads * head_dim :])
+
+
+@pytest.mark.parametrize("prompt", [0, 63])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_ignores_other_rows(rng, head_dim, prompt):
+    """NaN in what is a row's own stays in that row; its neighbours' steps end beside it."""
+    heads, kv_heads = HEADS[head_dim]
+    rows = [TokenRow([9] * prompt + [first] * 102, 1, first) for first in range(3)]
+    (batch,) = pack(rows, prompt + 303, 1)
+    qkv = normal(rng, (prompt + 303, (heads + 2 * kv_heads) * head_dim), FP16)
+    first, last = batch.segment_start[1:3]
+    assert last - first == 101
+    qkv[first:last] = np.nan
+    for name, attention in kernels_for(FP16, head_dim).items():
+        out = wide(attention(qkv, batch, heads, kv_heads))
+        assert np.isfinite(out[:first]).all() and np.isfinite(out[last:]).all(), name
+        assert np.isnan(out[first:last]).all(), name
+
+
+@every_dtype
+@pytest.mark.parametrize("head_dim", [64, 100, 128])
+def test_attention_chooses_a_kernel(rng, dtype, head_dim):
+    heads, kv_heads = HEADS[head_dim]
+    batch = forest(rng, 9, 100, 512)[0]
+    qkv = normal(rng, (len(batch.token_ids), (heads + 2 * kv_heads) * head_dim), dtype)
+    given, uploaded = cuda.to_device(qkv), cuda.upload(batch)
+    out = cuda.attention(given, uploaded, heads, kv_heads)
+    assert_close(out, reference.attention(wide(qkv), batch, heads, kv_heads))
+    capability, chosen = int(cupy.cuda.Device().compute_capability), cuda.attention_portable
+    if capability >= 80 and dtype.itemsize == 2:
+        hopper = capability == 90 and head_dim in (64, 128)
+        chosen = cuda.attention_sm90 if hopper else cuda.attention_mma
+    assert_same_bits(chosen(given, uploaded, heads, kv_heads), out)
+
+
+def test_upload(rng):
+    batch = forest(rng, 30, 100, 1024)[0]
+    for device in [cuda.upload(batch) for _ in range(20)]:
+        for name, array in vars(batch).items():
+            np.testing.assert_array_equal(host(getattr(device, name)), array)
+        planned = cuda.attention_arrays(batch, device.item_queries)
+        for name, array in planned.items():
+            np.testing.assert_array_equal(host(getattr(device, name)), array)
+        assert device.items.data.ptr % 16 == device.steps.data.ptr % 16 == 0
+        assert device.tiles.data.ptr % 8 == 0
