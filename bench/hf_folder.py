@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cupyllama.bench.shapes import SHAPES
-from cupyllama.checkpoint.llama import stage_fields
+from cupyllama.checkpoint.fields import stage_fields
 from cupyllama.config import load_config
 
 SHAPES = SHAPES | {"tiny": (2, 128, 344, 4, 2, 32000)}  # to try a comparison without a GPU

@@ -33,7 +33,7 @@ from cupy.cuda import runtime
 from shapes import SHAPES, model_config
 
 from cupyllama.checkpoint.e4m3 import quantize_rows
-from cupyllama.checkpoint.llama import stage_bytes, stage_fields
+from cupyllama.checkpoint.fields import stage_bytes, stage_fields
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.checkpoint.source import DTYPES, numpy_dtype
 from cupyllama.config import ModelConfig

@@ -39,7 +39,7 @@ LAYER_BYTES = 2 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
 
 def write_checkpoint(directory: Path, layers: int) -> int:
     """config.json and model.safetensors, of random bytes; their size."""
-    from cupyllama.checkpoint.llama import stage_fields
+    from cupyllama.checkpoint.fields import stage_fields
     from cupyllama.config import load_config
 
     directory.mkdir()

@@ -3,12 +3,12 @@
 import threading
 import time
 
-from cupyllama.checkpoint.llama import stage_bytes
+from cupyllama.checkpoint.fields import stage_bytes
 from cupyllama.checkpoint.source import Checkpoint
 from cupyllama.config import ModelConfig
 from cupyllama.errors import DeviceError
+from cupyllama.families import StageWeights
 from cupyllama.loading import load_stage
-from cupyllama.model.llama import StageWeights
 from cupyllama.parallel.devices import Device, storage_dtype
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyllama.checkpoint.llama import Field
+from cupyllama.checkpoint.fields import Field
 from cupyllama.checkpoint.source import (
     INCOMPLETE,
     QUANTIZED,

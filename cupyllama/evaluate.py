@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupyllama.errors import DeviceError
-from cupyllama.model.llama import Stage
+from cupyllama.families import Stage
 from cupyllama.packing import MicroBatch, TokenRow, pack
 from cupyllama.parallel.channels import Inbox, Outbox
 from cupyllama.trace import Span

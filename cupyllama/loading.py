@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from cupyllama.checkpoint.e4m3 import quantize_rows
-from cupyllama.checkpoint.llama import SCALE, Field, check_names, stage_bytes, stage_fields
+from cupyllama.checkpoint.fields import SCALE, Field, check_names, stage_bytes, stage_fields
 from cupyllama.checkpoint.source import Checkpoint
 from cupyllama.chunks import Chunk, field_chunks, open_files
 from cupyllama.config import ModelConfig
 from cupyllama.crew import Worker, for_each
 from cupyllama.errors import ModelError
-from cupyllama.model.llama import LayerWeights, StageWeights
+from cupyllama.families import StageWeights, family_of
 from cupyllama.quantized import Quantized
 
 THREADS = 12
@@ -76,7 +76,7 @@ def load_stage(
     fields = list(stage_fields(config, layers, quantize))
     arrays = _arrays(ops, fields, dtype)
     left = stage_bytes(config, layers, dtype, quantize)
-    on_host = isinstance(arrays[layers.start]["o_proj"], np.ndarray)
+    on_host = isinstance(next(iter(arrays[layers.start].values())), np.ndarray)
 
     def pieces() -> int:
         # One at the end, so that all threads end together. On the host one always: what quantizing
@@ -111,7 +111,10 @@ def load_stage(
         ends["lm_head"] = ends["embed_tokens"]
         if layers.start > 0:
             del ends["embed_tokens"]
-    return StageWeights([LayerWeights(**_paired(arrays[layer])) for layer in layers], **ends)
+    model = family_of(config).model
+    return model.StageWeights(
+        [model.LayerWeights(**_paired(arrays[layer])) for layer in layers], **ends
+    )
 
 
 def _arrays(ops: ModuleType, fields: list[tuple[int | None, Field]], dtype: np.dtype) -> Arrays:

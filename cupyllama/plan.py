@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from cupyllama.checkpoint.llama import stage_bytes
+from cupyllama.checkpoint.fields import stage_bytes
 from cupyllama.checkpoint.stages import head_layers
 from cupyllama.config import ModelConfig
 from cupyllama.evaluate import plan

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from cupyllama.compare import OtherRun, check_questions, compare, read_samples
 from cupyllama.config import load_config
 from cupyllama.errors import DataError, DeviceError, ModelError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
+from cupyllama.families import config_fields, family_of
 from cupyllama.files import check_writable, is_special, write_json, write_json_lines
 from cupyllama.journal import Journal
-from cupyllama.model.llama import Stage
 from cupyllama.parallel import pipeline
 from cupyllama.parallel.devices import choose_device, choose_dtype, storage_dtype
 from cupyllama.parallel.pipeline import make_grid
@@ -202,7 +202,8 @@ class Run:
             self.journal.begin(self.fingerprint())
         weights = self.load.wait()
         self.spans.append(Span("load", None, self.load.began, self.load.ended))
-        self.stage = Stage(self.config, weights, self.device.ops, self.questions.rows.longest)
+        model, longest = family_of(self.config).model, self.questions.rows.longest
+        self.stage = model.Stage(self.config, weights, self.device.ops, longest)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for answers to go together."""
@@ -356,7 +357,7 @@ class Run:
         """What another run must share to be comparable."""
         return {
             "model": str(self.options.model),
-            "model_config": asdict(self.config),
+            "model_config": config_fields(self.config),
             "tokenizer": str(self.questions.tokenizer.path),
             "data": self.questions.task.source,
             "limit": self.options.limit,

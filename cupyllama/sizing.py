@@ -31,6 +31,6 @@ def micro_batch_tokens(
 def activation_bytes(config: ModelConfig, tokens: int, dtype: str, logit_chunk: int) -> int:
     """Memory of a micro-batch at its peak: in the MLP, with the attention's arrays still held."""
     itemsize = storage_dtype(dtype).itemsize
-    row = 2 * config.hidden_size + config.qkv_size + config.q_size + 3 * config.intermediate_size
+    row = 2 * config.hidden_size + config.qkv_size + config.q_size + config.mlp_activations
     logits = logit_chunk * (4 * config.vocab_size + itemsize * config.hidden_size)
     return tokens * row * itemsize + logits

@@ -1,16 +1,18 @@
-"""Text to token ids: SentencePiece's tokenizer.model, or tokenizer.json through HF tokenizers."""
+"""Text to token ids: SentencePiece's tokenizer.model, or what HF tokenizers reads."""
 
-import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from cupyllama.bpe import BPE_FILES, is_bpe_file
 from cupyllama.errors import ModelError
+from cupyllama.hf_tokenizer import HFTokenizer
+from cupyllama.tokenizer_files import added_token_ids, configured_flag, read_file
 
+_PADDED_TO = 8
 _PART = 256
-_IS_IT_COMPLETE = "Is the download complete?"
-_LFS_POINTER = b"version https://git-lfs"
 _SPACE = "▁"  # how SentencePiece writes a space
 
 
@@ -36,7 +38,7 @@ class SentencePieceTokenizer:
 
         self.path = path
         self._processor = sentencepiece.SentencePieceProcessor()
-        raw = _read(path)
+        raw = read_file(path)
         try:
             self._processor.LoadFromSerializedProto(raw)
         except RuntimeError as error:
@@ -45,10 +47,12 @@ class SentencePieceTokenizer:
                 "LLaMA 3 ships a tiktoken file under this name: use its tokenizer.json.",
             ) from error
         pieces = self._processor.GetPieceSize()
-        self.size = max([pieces, *(1 + token_id for token_id in _added_token_ids(path))])
+        self.size = max([pieces, *(1 + token_id for token_id in added_token_ids(path))])
         bos = self._processor.bos_id()
         self.bos_token_id = bos if bos >= 0 else None
-        self.adds_bos = _add_bos_token(path) is not False and self.bos_token_id is not None
+        self.adds_bos = (
+            configured_flag(path, "add_bos_token") is not False and self.bos_token_id is not None
+        )
         self.splits_at_spaces = self._splits_at_spaces()
 
     def _splits_at_spaces(self) -> bool:
@@ -67,78 +71,28 @@ class SentencePieceTokenizer:
         return [ids for part in parts for ids in self._processor.EncodeAsIds(list(part))]
 
 
-class HFTokenizer:
-    """A `tokenizer.json`."""
-
-    def __init__(self, path: Path):
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ModelError(
-                f"{path}: the package tokenizers is needed to read it",
-                "pip install 'cupyllama[tokenizers]'",
-            ) from error
-        self.path = path
-        raw = _read(path)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
-        except Exception as error:  # the Rust side raises plain Exception
-            raise ModelError(f"{path}: not a tokenizer.json: {error}", _IS_IT_COMPLETE) from error
-        self.splits_at_spaces = False
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        own = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        self.size = 1 + max([*own, *_added_token_ids(path)], default=-1)
-        self.bos_token_id, self.adds_bos = self._bos()
-
-    def _bos(self) -> tuple[int | None, bool]:
-        """BOS, and whether it goes before a text: as add_bos_token says, else as texts show."""
-        configured, before = self._configured_bos(), self._token_before_a_text()
-        asked = _add_bos_token(self.path)
-        if asked is None:
-            return (configured if before is None else before), before is not None
-        bos = before if configured is None else configured
-        return bos, asked and bos is not None
-
-    def _token_before_a_text(self) -> int | None:
-        """What the post-processor puts in front; of an empty text one could not tell that from EOS.
-
-        The first token of a text that has tokens of its own, unless it is the text's own first.
-        """
-        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
-        whole = self._tokenizer.encode("a").ids
-        return None if whole[: len(bare)] == bare else whole[0]
-
-    def _configured_bos(self) -> int | None:
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = _json_beside(self.path, name).get("bos_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                return self._tokenizer.token_to_id(token)
-        return None
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-
 def load_tokenizer(model: Path, path: Path | None = None) -> Tokenizer:
-    """The tokenizer at `path`, else tokenizer.model or tokenizer.json of the model directory.
+    """The tokenizer at `path`, a file or a directory, else the model directory's.
+
+    A directory's is tokenizer.model, else tokenizer.json, else vocab.json with merges.txt (in
+    Metaseq's releases gpt2-vocab.json with gpt2-merges.txt).
 
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    if path is not None and os.path.isdir(path):
-        model, path = path, None
-    if path is None:
-        candidates = [model / "tokenizer.model", model / "tokenizer.json"]
+    if path is None or os.path.isdir(path):
+        directory = model if path is None else path
+        candidates = [directory / n for n in ("tokenizer.model", "tokenizer.json", *BPE_FILES)]
         path = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
         if path is None:
             raise ModelError(
-                f"{model}: has no tokenizer.model and no tokenizer.json",
+                f"{directory}: has no tokenizer.model, no tokenizer.json, and no vocab.json with "
+                "merges.txt",
                 "Give the file with --tokenizer.",
             )
-    return HFTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    if path.suffix == ".json" or is_bpe_file(path):
+        return HFTokenizer(path, model)
+    return SentencePieceTokenizer(path)
 
 
 def can_split(left: str, right: str) -> bool:
@@ -151,8 +105,11 @@ def can_split(left: str, right: str) -> bool:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: Path) -> None:
-    """Refuse a tokenizer that belongs to another model."""
-    if tokenizer.size == vocab_size:
+    """Refuse a tokenizer that belongs to another model.
+
+    Rows may be padded to a multiple of 8, as Metaseq pads OPT's 50,265 tokens to 50,272 rows.
+    """
+    if vocab_size in (tokenizer.size, _PADDED_TO * math.ceil(tokenizer.size / _PADDED_TO)):
         return
     if tokenizer.size < vocab_size:
         way_out = (
@@ -169,61 +126,3 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: Path) -> None
         f"{vocab_size} rows",
         f"Is it another model's tokenizer? Give the right one with --tokenizer. {way_out}",
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        hint = "Give a file that can be read with --tokenizer."
-        raise ModelError(f"{path}: {error.strerror}", hint) from error
-    if raw.startswith(_LFS_POINTER):
-        raise ModelError(
-            f"{path}: is a git-lfs pointer, not the file that it stands for",
-            "Run git lfs pull in its directory, or download the file itself.",
-        )
-    return raw
-
-
-def _json_beside(path: Path, name: str) -> dict[str, Any]:
-    """What a JSON file in the tokenizer's directory holds; nothing, if there is none."""
-    beside = path.parent / name
-    if not os.path.isfile(beside):
-        return {}
-    try:
-        settings = json.loads(_read(beside))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{beside}: not valid JSON: {error}", _IS_IT_COMPLETE) from error
-    if not isinstance(settings, dict):
-        raise ModelError(f"{beside}: not a JSON object", _IS_IT_COMPLETE)
-    return settings
-
-
-def _add_bos_token(path: Path) -> bool | None:
-    """Whether tokenizer_config.json wants BOS before a text; None if it does not say."""
-    asked = _json_beside(path, "tokenizer_config.json").get("add_bos_token")
-    if not isinstance(asked, bool | None):
-        raise ModelError(
-            f"{path.parent / 'tokenizer_config.json'}: add_bos_token is {asked!r}",
-            "Expected: true, false or null.",
-        )
-    return asked
-
-
-def _added_token_ids(path: Path) -> list[int]:
-    """Ids that Hugging Face adds to the tokenizer's own."""
-    ids = []
-    for name in ("added_tokens.json", "tokenizer_config.json"):
-        settings = _json_beside(path, name)
-        if name == "tokenizer_config.json":  # id -> token; added_tokens.json has token -> id
-            listed = settings.get("added_tokens_decoder") or {}
-        else:
-            listed = settings.values()
-        try:
-            ids += [int(token_id) for token_id in listed]
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ModelError(
-                f"{path.parent / name}: the id of an added token is no number: {error}",
-                "Expected: whole numbers.",
-            ) from error
-    return ids

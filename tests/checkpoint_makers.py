@@ -19,8 +19,8 @@ from tiny_models import TINY_MODELS, tiny_tensors
 
 from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.config import load_config
+from cupyllama.families import Stage, family_of
 from cupyllama.loading import load_stage
-from cupyllama.model.llama import Stage
 from cupyllama.ops import reference
 
 STORAGES = {
@@ -237,4 +237,5 @@ def open_stage(directory: Path, dtype=np.float32) -> Stage:
     config, checkpoint = load_config(directory), open_checkpoint(directory)
     layers = range(config.num_hidden_layers)
     weights = load_stage(checkpoint, config, layers, np.dtype(dtype), reference)
-    return Stage(config, weights, reference, 512)
+    positions = min(512, config.max_position_embeddings)
+    return family_of(config).model.Stage(config, weights, reference, positions)

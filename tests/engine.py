@@ -8,18 +8,19 @@ import numpy as np
 from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.config import load_config
 from cupyllama.evaluate import ChoiceScores, Line, evaluate, plan
+from cupyllama.families import Stage, family_of
 from cupyllama.loading import load_stage
-from cupyllama.model.llama import Stage
 from cupyllama.ops import reference
 from cupyllama.packing import TokenRow
 
 
 def build_stage(model: Path, ops=reference, dtype=np.float32, positions: int = 512) -> Stage:
-    """All layers of a checkpoint directory."""
+    """All layers of a checkpoint directory, for rows of `positions` tokens if it takes them."""
     config = load_config(model)
     layers = range(config.num_hidden_layers)
     weights = load_stage(open_checkpoint(model), config, layers, np.dtype(dtype), ops)
-    return Stage(config, weights, ops, positions)
+    positions = min(positions, config.max_position_embeddings)
+    return family_of(config).model.Stage(config, weights, ops, positions)
 
 
 def question_rows(questions: Sequence[dict]) -> list[TokenRow]:

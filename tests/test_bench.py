@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from cupyllama.bench import cases, gemm, kernels, load, measure, rows, score, shapes
 from cupyllama.bench.measure import Ceilings
 from cupyllama.bench.table import as_table
-from cupyllama.checkpoint.llama import stage_fields
+from cupyllama.checkpoint.fields import stage_fields
 from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.cli import cli
 from cupyllama.errors import CupyllamaError, DataError, ModelError, OutputError, UsageError
@@ -143,6 +143,7 @@ def test_bytes_and_flops_by_hand():
     # 6 pairs a row: 4 products and 2 sums each
     assert cases.rope_work(10, 12, 2) == (10 * 4 + 240 + 240, 10 * 6 * 6)
     # 16 numbers in and 8 out
+    assert cases.linear_work(10, 16, 4, 8, 2) == (2 * (40 + 64 + 80), 2 * 640)
     assert cases.swiglu_work(10, 8, 2) == (320 + 160, 10 * 8 * 4)
     assert cases.bias_work(10, 8, 4) == (320 + 320 + 32, 80)
     # a byte an element and 4 a row out, a comparison and a product more
@@ -231,7 +232,6 @@ def wrong_rope(qkv, positions, *rest):
 
 def wrong_attention(qkv, batch, *rest):
     """The last of all segments does not see the first key of its row."""
-    before = qkv.copy()
     out = reference.attention(qkv, batch, *rest)
     start = batch.key_start.copy()
     start[-2] += 1
@@ -239,12 +239,20 @@ def wrong_attention(qkv, batch, *rest):
     start[-2:] -= 1
     one_less = dataclasses.replace(batch, key_start=start, key_index=index)
     first = batch.segment_start[-2]
-    out[first:] = reference.attention(before, one_less, *rest)[first:]
+    out[first:] = reference.attention(qkv, one_less, *rest)[first:]
     return out
 
 
 def wrong_swiglu(gate_up, quantized=False):
     return reference.swiglu(np.roll(gate_up, gate_up.shape[1] // 2, axis=1), quantized)
+
+
+def wrong_linear_swiglu(x, weight):
+    return reference.linear_swiglu(x, np.roll(weight, len(weight) // 2, axis=0))
+
+
+def wrong_linear_rope(x, weight, bias, positions, *rest):
+    return reference.linear_rope(x, weight, bias, positions // 2, *rest)
 
 
 def wrong_log_probs(logits, start, token, out):
@@ -267,6 +275,8 @@ def nan_swiglu(gate_up, quantized=False):
         ("attention", wrong_attention),
         ("swiglu", wrong_swiglu),
         ("swiglu", nan_swiglu),
+        ("linear_swiglu", wrong_linear_swiglu),
+        ("linear_rope", wrong_linear_rope),
         ("log_probs", wrong_log_probs),
         ("quantize", wrong_quantize),
         ("rmsnorm, fp8", wrong_rmsnorm),
@@ -303,16 +313,16 @@ def test_the_breakdown_tells_operations_apart(on_the_host, monkeypatch):
     batch = plan(rows.hellaswag_like_rows(2, 331).rows, 300, reference)[0]
     stage = shapes.random_stage(config, np.dtype(np.float32), reference, 300)
     spent = score.breakdown(stage, batch)
-    inside = ["rmsnorm input_layernorm", "linear qkv_proj", "attention"]
-    after = ["linear o_proj", "rmsnorm post_attention_layernorm", "linear gate_up_proj"]
-    after += ["swiglu", "linear down_proj"]
+    inside = ["rmsnorm input_layernorm", "linear_rope qkv_proj", "attention"]
+    after = ["linear o_proj", "rmsnorm post_attention_layernorm", "linear_swiglu gate_up_proj"]
+    after += ["linear down_proj"]
     assert spent["layer"] == dict.fromkeys([*inside, *after], 1.0)  # of one, and of the last:
     ends = dict.fromkeys(["gather embed_tokens", *inside], 1.0)
     chunks = -(-len(batch.logit_rows) // reference.LOGIT_CHUNK)
     head = ["rmsnorm norm", "linear lm_head", "log_probs"]
     ends |= dict.fromkeys([*after, *head], chunks) | {"gather": 2 * chunks}
     assert chunks == 2 and spent["rest"] == ends
-    assert spent["seconds"] == 2 * (8 + 4 + (5 + 2 + 3) * chunks) + 1
+    assert spent["seconds"] == 2 * (7 + 4 + (4 + 2 + 3) * chunks) + 1
 
 
 def test_tables_are_aligned():
@@ -508,13 +518,14 @@ def test_kernels_from_end_to_end(pretended_gpu, tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     assert {"bench", "date", "gpu", "versions", "dtype", "runs"} <= set(found)
     assert [run["kernel"] for run in found["runs"]] == [
-        *("gather", "rmsnorm", "rope", "attention", "swiglu", "log_probs"),
+        *("gather", "rmsnorm", "linear_rope", "attention", "linear_swiglu", "log_probs"),
+        *("rope", "swiglu"),
         "attention, few-shot",
     ]
     short, long = found["runs"][3], found["runs"][-1]
     assert long["flops"] > 5 * short["flops"] > 0
     assert all(run["seconds"] == 1e-3 and run["of_ceiling"] > 0 for run in found["runs"])
-    assert len(result.stdout.splitlines()) == 2 + 7
+    assert len(result.stdout.splitlines()) == 2 + 9
 
 
 def test_a_wrong_kernel_ends_the_command(pretended_gpu, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import TINY_MODELS, tiny_tensors, write_tiny_model
 
-from cupyllama.checkpoint.llama import stage_bytes
+from cupyllama.checkpoint.fields import stage_bytes
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.config import load_config
 from cupyllama.errors import ModelError

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_models import TINY_MODELS
 
-from cupyllama.config import ModelConfig, RopeScaling, load_config
+from cupyllama.config import ModelConfig, load_config
+from cupyllama.config_llama import RopeScaling
 from cupyllama.errors import ModelError
 
 LLAMA = TINY_MODELS["gqa"]

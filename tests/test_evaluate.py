@@ -35,9 +35,7 @@ def random_rows(rng: np.random.Generator, questions: int, vocab: int = 300) -> l
     return rows
 
 
-@pytest.mark.parametrize(
-    "name", ["gqa", "llama3_rope", "attention_bias", "odd", "opt", "opt_350m"]
-)
+@pytest.mark.parametrize("name", ["gqa", "llama3_rope", "attention_bias", "odd", "opt", "opt_350m"])
 def test_packed_equals_one_row_at_a_time(name, tmp_path):
     stage = build_stage(write_tiny_model(name, tmp_path))
     rng = np.random.default_rng()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny_models import write_tiny_model
 
-from cupyllama.checkpoint.llama import stage_bytes, stage_fields
+from cupyllama.checkpoint.fields import stage_bytes, stage_fields
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.checkpoint.source import Checkpoint, StoredTensor, numpy_dtype
 from cupyllama.config import ModelConfig, load_config
@@ -94,7 +94,7 @@ def test_every_pair_of_dtypes_in_pieces_of_any_size(saved, wanted, piece_bytes, 
     check_load(directory, reference, DTYPES[wanted], threads=3, piece_bytes=piece_bytes)
 
 
-@pytest.mark.parametrize("name", ["odd", "tied", "gqa"])
+@pytest.mark.parametrize("name", ["odd", "tied", "gqa", "opt_350m", "opt_untied"])
 @pytest.mark.parametrize("threads", [1, 2, 40])
 def test_any_number_of_threads(name, threads, tmp_path):
     directory = write_tiny_model(name, tmp_path, dtype="float16")

@@ -9,9 +9,9 @@ from engine import question_rows, score_rows
 from tiny_models import TINY_MODELS, tiny_tensors, write_tiny_model
 
 from cupyllama.checkpoint.meta import JoinedTensor
-from cupyllama.checkpoint.meta_params import as_hugging_face
 from cupyllama.checkpoint.source import open_checkpoint
-from cupyllama.config import RopeScaling, load_config
+from cupyllama.config import load_config
+from cupyllama.config_llama import RopeScaling
 from cupyllama.errors import ModelError
 
 # params.json makes the inner size 352 of 128 unless a multiplier says otherwise: 3/4 of 341 = 255.
@@ -74,8 +74,8 @@ def test_the_config_is_that_of_hugging_faces_form(tmp_path):
     expected = load_config(write_tiny_model("llama1", tmp_path / "a"))
     found = load_config(meta("llama1", tmp_path / "b", 2))
     assert found.max_position_embeddings == 4096
-    same = as_hugging_face(found) | {"max_position_embeddings": 512}
-    assert same == as_hugging_face(expected)
+    same = found.as_hugging_face() | {"max_position_embeddings": 512}
+    assert same == expected.as_hugging_face()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from tiny_tokenizer import write_tokenizer
 
 from cupyllama.background import BackgroundLoad
 from cupyllama.checkpoint.e4m3 import e4m3_bits, quantize_rows
-from cupyllama.checkpoint.llama import MATRICES, SCALE, matrix_shapes, stage_bytes, stage_fields
+from cupyllama.checkpoint.fields import SCALE, matrix_shapes, stage_bytes, stage_fields
+from cupyllama.checkpoint.llama import LLAMA_NAMES
 from cupyllama.checkpoint.quantization import check_device, choose_quantization
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint, read_header
 from cupyllama.checkpoint.shard import ShardOptions, shard
@@ -36,6 +37,7 @@ from cupyllama.parallel.devices import Device, choose_device
 from cupyllama.quantized import Quantized
 
 ATTENTION = "model.layers.0.self_attn."
+MATRICES = LLAMA_NAMES.matrices
 
 
 def run(model, output, stages=1, **options):

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_models import write_tiny_model
+from tiny_models import TINY_MODELS, write_tiny_model
 from tiny_tokenizer import write_tokenizer
 
 pytest.importorskip("mpi4py")
@@ -234,6 +234,22 @@ def test_layers_per_stage(tiny, tmp_path):
     assert result.returncode == 0, result.stderr
     ranks = json.loads(output.read_text())["cupyllama"]["ranks"]
     assert [rank["layers"] for rank in ranks] == [[0, 1], [1, 3]]
+
+
+@pytest.mark.parametrize(("name", "quantize"), [("opt", "fp8"), ("opt_350m", "none")])
+def test_opt_has_the_same_bits_on_several_ranks(name, quantize, tmp_path):
+    model = write_tiny_model(name, tmp_path / "model")
+    write_tokenizer(model, TINY_MODELS[name]["vocab_size"])
+    questions = ({"query": f"the man {i}", "choices": list("abc"), "gold": 0} for i in range(40))
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    arguments = ["--quantize", quantize, "--micro-batch-tokens", 64, "--samples"]
+    found = []
+    for ranks in (1, 3):
+        samples = tmp_path / f"{ranks}.jsonl"
+        result = mpirun(ranks, *score_tiny(tmp_path, *arguments, samples))
+        assert result.returncode == 0, result.stderr
+        found.append(samples.read_text())
+    assert found[0] == found[1] and found[0].count("loglikelihoods") == 40
 
 
 def test_ranks_that_see_different_questions(tiny, tmp_path):

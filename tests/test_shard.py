@@ -20,7 +20,7 @@ from tiny_models import TINY_MODELS, tiny_tensors, write_tiny_model
 from tiny_tokenizer import write_tokenizer
 
 from cupyllama.checkpoint import shard as sharding
-from cupyllama.checkpoint.llama import stage_bytes, stage_fields
+from cupyllama.checkpoint.fields import stage_bytes, stage_fields
 from cupyllama.checkpoint.shard import ShardOptions, shard
 from cupyllama.checkpoint.sharded import array_name
 from cupyllama.checkpoint.source import open_checkpoint
@@ -56,7 +56,7 @@ def names_in(folder):
 
 def config_of(layers, vocab, hidden=64, parameters=10_000):
     return SimpleNamespace(
-        num_hidden_layers=layers, vocab_size=vocab, hidden_size=hidden, layer_parameters=parameters
+        num_hidden_layers=layers, head_parameters=vocab * hidden, layer_parameters=parameters
     )
 
 
@@ -82,8 +82,7 @@ def test_no_split_has_a_faster_slowest_stage(vocab):
 def test_llama_30b_on_four():
     config = SimpleNamespace(
         num_hidden_layers=60,
-        vocab_size=32000,
-        hidden_size=6656,
+        head_parameters=32000 * 6656,
         layer_parameters=4 * 6656**2 + 3 * 6656 * 17920,
     )
     assert list(map(len, split_layers(config, 4))) == [15, 15, 15, 15]
@@ -109,7 +108,10 @@ def test_splits_that_cannot_be(stages, counts, message):
 # --- the same bits -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama1", "gqa", "tied", "attention_bias", "odd"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama1", "gqa", "tied", "attention_bias", "odd", "opt", "opt_350m", "opt_untied"],
+)
 def test_every_split_scores_as_the_original(name, tmp_path):
     original = write_tiny_model(name, tmp_path / "m", shards=2)
     expected, config = scores(original), load_config(original)

@@ -12,7 +12,7 @@ from test_quantization import assert_same, truth, write_strange_model
 from tiny_models import write_tiny_model
 
 from cupyllama import loading
-from cupyllama.checkpoint.llama import stage_bytes, stage_fields
+from cupyllama.checkpoint.fields import stage_bytes, stage_fields
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.config import load_config
 from cupyllama.loading import PIECES_PER_CHUNK, load_stage

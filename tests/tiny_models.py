@@ -1,4 +1,4 @@
-"""Tiny random LLaMA-family checkpoints, made from a seed whenever a test wants one.
+"""Tiny random checkpoints, made from a seed whenever a test wants one.
 
 The repository holds no weights.  A checkpoint is a function of its name: the tensors are drawn in
 the order of their sorted names from a PCG64 generator seeded with the CRC-32 of the model's name,
@@ -19,14 +19,8 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-
-# Standard deviation of the embeddings and of what each block adds to the residual stream.  As
-# small as in trained models, so that rms_norm_eps is not lost beside the mean square.
-RESIDUAL_STD = 0.03
-# Standard deviation of the attention scores before the softmax: far from uniform attention.
-SCORE_STD = 1.5
-# Standard deviation of the logits: log-likelihoods spread over several units.
-LOGIT_STD = 2.0
+from tiny_opt import OPT_MODELS, opt_shapes, opt_std
+from tiny_spread import LOGIT_STD, RESIDUAL_STD, SCORE_STD
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -156,11 +150,14 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
         max_position_embeddings=256,
         vocab_size=32000,
     ),
+    **OPT_MODELS,
 }
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a checkpoint with this `config`, by Hugging Face's names."""
+    if config["model_type"] == "opt":
+        return opt_shapes(config)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     key_heads = config.get("num_key_value_heads") or heads
@@ -197,6 +194,8 @@ def _std(tensor: str, shape: tuple[int, ...], config: dict[str, Any]) -> float:
     Inputs of q, k, v, gate, up and lm_head have been normalised to a mean square of 1, so a
     matrix of standard deviation s / sqrt(columns) gives outputs of standard deviation s.
     """
+    if config["model_type"] == "opt":
+        return opt_std(tensor, shape, config)
     logit_std = LOGIT_STD / math.sqrt(config["hidden_size"])
     # A tied embedding has to give the logits their spread; the blocks then add as much.
     residual_std = logit_std if config["tie_word_embeddings"] else RESIDUAL_STD

@@ -29,8 +29,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 tiny_models = importlib.import_module("tiny_models")
 
-BOS = 1
-FIRST_ID = 3  # below are unk, bos and eos
+# Below are unk, bos, eos, and OPT has a pad.
+FIRST_ID = {"llama": 3, "mistral": 3, "opt": 4}
 QUESTIONS = 6
 LONGEST_CONTEXT = 60
 LONGEST_ENDING = 20
@@ -56,6 +56,9 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.
 def check_config(name: str, model: torch.nn.Module) -> None:
     """Fail unless Transformers understood the rope, the heads and the ties of `name`."""
     written = tiny_models.TINY_MODELS[name]
+    if written["model_type"] == "opt":
+        check_opt(name, model)
+        return
     rope = written.get("rope_parameters") or written.get("rope_scaling") or {}
     expected = {
         **{key: value for key, value in rope.items() if key != "type"},
@@ -78,6 +81,22 @@ def check_config(name: str, model: torch.nn.Module) -> None:
             raise SystemExit(f"{name}: {key} {getattr(model.config, key)} where {value} was meant")
 
 
+def check_opt(name: str, model: torch.nn.Module) -> None:
+    """Fail unless Transformers understood where the norms, projections and ties of `name` are."""
+    written, decoder = tiny_models.TINY_MODELS[name], model.model.decoder
+    tied = model.lm_head.weight.data_ptr() == decoder.embed_tokens.weight.data_ptr()
+    narrow = written["word_embed_proj_dim"] != written["hidden_size"]
+    for what, found, meant in (
+        ("norms", decoder.layers[0].do_layer_norm_before, written["do_layer_norm_before"]),
+        ("last norm", decoder.final_layer_norm is not None, written["do_layer_norm_before"]),
+        ("project_in", decoder.project_in is not None, narrow),
+        ("project_out", decoder.project_out is not None, narrow),
+        ("tie", tied, written.get("tie_word_embeddings", True)),
+    ):
+        if found != meant:
+            raise SystemExit(f"{name}: {what} {found} where {meant} was meant")
+
+
 @torch.no_grad()
 def row_logits(model: torch.nn.Module, row: list[int]) -> torch.Tensor:
     """The logits after each token of `row`, as float64."""
@@ -87,9 +106,10 @@ def row_logits(model: torch.nn.Module, row: list[int]) -> torch.Tensor:
 def greedy_ending(model: torch.nn.Module, context: list[int], length: int) -> list[int]:
     """What the model itself says next, up to `length` tokens, ending before any special token."""
     ending: list[int] = []
+    special = range(FIRST_ID[model.config.model_type])
     while len(ending) < length:
         token = int(row_logits(model, context + ending)[-1].argmax())
-        if token < FIRST_ID:
+        if token in special:
             break
         ending.append(token)
     return ending
@@ -98,25 +118,26 @@ def greedy_ending(model: torch.nn.Module, context: list[int], length: int) -> li
 def draw_questions(name: str, model: torch.nn.Module) -> list[Question]:
     """Questions for the model `name`: random, with the cases that an engine may trip over.
 
-    The first context is a lone BOS, the second as long as allowed.  Every second question has its
+    The first context is BOS alone, the second as long as allowed.  Every second question has its
     model's own continuation among the endings, as random ones are never greedy.  The endings of
     the last question share prefixes; one contains another and one is there twice.
     """
     config = tiny_models.TINY_MODELS[name]
+    first = FIRST_ID[config["model_type"]]
     generator = np.random.Generator(np.random.PCG64(zlib.crc32(f"questions of {name}".encode())))
 
     def integer(low: int, high: int) -> int:
         return int(generator.integers(low, high, endpoint=True))
 
     def tokens(count: int) -> list[int]:
-        return generator.integers(FIRST_ID, config["vocab_size"], count).tolist()
+        return generator.integers(first, config["vocab_size"], count).tolist()
 
     row_length = config.get("sliding_window") or config["max_position_embeddings"]
     longest_context = min(LONGEST_CONTEXT, row_length - LONGEST_ENDING)
     questions = []
     for number in range(QUESTIONS):
         length = {0: 1, 1: longest_context}.get(number) or integer(2, longest_context)
-        context = [BOS, *tokens(length - 1)]
+        context = [config["bos_token_id"], *tokens(length - 1)]
         if number == QUESTIONS - 1:
             stem = tokens(3)
             longer = [*stem, *tokens(4)]

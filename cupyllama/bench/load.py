@@ -16,7 +16,7 @@ import numpy as np
 from cupyllama.bench.measure import result
 from cupyllama.bench.shapes import model_config
 from cupyllama.bench.table import as_table
-from cupyllama.checkpoint.llama import stage_bytes, stage_fields
+from cupyllama.checkpoint.fields import stage_bytes, stage_fields
 from cupyllama.checkpoint.source import DTYPES, Checkpoint, open_checkpoint
 from cupyllama.config import ModelConfig, load_config
 from cupyllama.errors import DeviceError, OutputError

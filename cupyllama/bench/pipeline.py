@@ -9,6 +9,7 @@ from typing import Any
 from cupyllama.checkpoint.stages import head_layers, split_layers
 from cupyllama.config import ModelConfig
 from cupyllama.errors import DataError
+from cupyllama.families import config_from_fields
 from cupyllama.parallel.devices import storage_dtype
 from cupyllama.parallel.simulate import simulate
 
@@ -49,8 +50,7 @@ def read_run(path: Path) -> MeasuredRun:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         settings, extra = results["config"], results["cupyllama"]
-        model = settings["model_config"] | {"rope_scaling": None}
-        config = ModelConfig(**model)
+        config = config_from_fields(settings["model_config"])
         ranks: list[dict[str, Any]] = extra["ranks"]
         first = [rank for rank in ranks if rank["replica"] == 0]
         cost = sum(last - begin for begin, last in (rank["layers"] for rank in first))

@@ -13,7 +13,7 @@ from cupyllama.bench.measure import mark, result, seconds_between
 from cupyllama.bench.rows import read_rows
 from cupyllama.bench.shapes import model_config, random_stage
 from cupyllama.bench.table import as_table
-from cupyllama.checkpoint.llama import stage_bytes
+from cupyllama.checkpoint.fields import stage_bytes
 from cupyllama.config import ModelConfig
 from cupyllama.errors import CupyllamaError, DeviceError
 from cupyllama.evaluate import ChoiceScores, Line, evaluate, plan

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from cupyllama.config import ModelConfig
+from cupyllama.config_llama import LlamaConfig
 from cupyllama.errors import UsageError
 from cupyllama.model.llama import LayerWeights, Stage, StageWeights
 
@@ -31,7 +32,7 @@ def model_config(shape: str) -> ModelConfig:
     if shape not in SHAPES:
         raise UsageError(f"shape {shape!r} is not known", f"Give one of {', '.join(SHAPES)}.")
     layers, hidden, intermediate, heads, kv_heads, vocab = SHAPES[shape]
-    return ModelConfig(
+    return LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -93,7 +94,12 @@ def random_stage(
 
     def matrix(layer: int, number: int, *shape: int) -> Any:
         full = random_array(shape, dtype, 8 * layer + number, WEIGHT_DEVIATION)
-        return full if quantize is None else ops.quantize(full)
+        if quantize is None:
+            return full
+        eight_bit = ops.quantize(full)
+        del full
+        ops.release_memory()  # else the pool would serve what follows from parts of it
+        return eight_bit
 
     def ones() -> Any:
         return ops.to_device(np.ones(hidden, dtype))

@@ -17,7 +17,7 @@ import numpy as np
 from cupyllama.checkpoint.meta_params import PARAMS, read_params
 from cupyllama.checkpoint.pytorch import file_tensors
 from cupyllama.checkpoint.source import INCOMPLETE, Read, StoredTensor, Tensor, numpy_dtype
-from cupyllama.config import ModelConfig
+from cupyllama.config_llama import LlamaConfig
 from cupyllama.errors import ModelError
 
 _PARTS = "consolidated.*.pth"
@@ -118,8 +118,8 @@ def has_meta(directory: Path) -> bool:
     return (directory / PARAMS).is_file() and any(directory.glob(_PARTS))
 
 
-def load_meta_config(directory: Path) -> ModelConfig:
-    """params.json as a ModelConfig, with what only the weights can tell.
+def load_meta_config(directory: Path) -> LlamaConfig:
+    """params.json as a config, with what only the weights can tell.
 
     Raises:
         ModelError: params.json or the first part is missing, broken or not supported.

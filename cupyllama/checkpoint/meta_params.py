@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cupyllama.config import ModelConfig, RopeScaling
+from cupyllama.config_llama import LlamaConfig, RopeScaling
 from cupyllama.errors import ModelError
 
 PARAMS = "params.json"
@@ -63,7 +63,7 @@ class MetaParams:
             return 8192
         return 2048 if dtype == "float16" else 4096
 
-    def config(self, vocabulary: int, stored_dtype: str) -> ModelConfig:
+    def config(self, vocabulary: int, stored_dtype: str) -> LlamaConfig:
         """The same model as config.json would describe it.
 
         Args:
@@ -79,7 +79,7 @@ class MetaParams:
                 f"Do {PARAMS} and the weights belong to the same model?",
             )
         dtype = _DTYPES[stored_dtype]
-        return ModelConfig(
+        return LlamaConfig(
             vocab_size=vocabulary,
             hidden_size=self.dim,
             intermediate_size=self.intermediate_size,
@@ -175,27 +175,3 @@ def _checked(path: Path, raw: dict[str, Any]) -> MetaParams:
             "Give the checkpoint in Hugging Face's form.",
         )
     return params
-
-
-def as_hugging_face(config: ModelConfig) -> dict[str, Any]:
-    """The config.json, in the spelling of transformers 4, that reads back as `config`."""
-    scaling = config.rope_scaling
-    rope: dict[str, Any] | None = None
-    if scaling is not None:
-        rope = {"rope_type": scaling.rope_type, "factor": scaling.factor}
-        if scaling.rope_type == "llama3":
-            for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-                rope[key] = getattr(scaling, key)
-    same = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads head_dim rms_norm_eps rope_theta max_position_embeddings "
-        "attention_bias tie_word_embeddings bos_token_id"
-    )
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        **{key: getattr(config, key) for key in same.split()},
-        "rope_scaling": rope,
-        "torch_dtype": config.dtype,
-    }

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cupyllama.checkpoint.llama import matrix_shapes
+from cupyllama.checkpoint.fields import matrix_shapes
 from cupyllama.checkpoint.sharded import stored_quantization
 from cupyllama.config import ModelConfig
 from cupyllama.errors import DeviceError, ModelError, UsageError

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cupyllama.checkpoint.llama import Field, check_names, stage_fields, stored_part
+from cupyllama.checkpoint.fields import Field, check_names, stage_fields, stored_part
 from cupyllama.checkpoint.meta import has_meta
-from cupyllama.checkpoint.meta_params import as_hugging_face
 from cupyllama.checkpoint.quantization import choose_quantization
 from cupyllama.checkpoint.shard_output import (
     check_output,
@@ -192,7 +191,7 @@ def _small_files(options: ShardOptions, config: ModelConfig) -> dict[str, bytes]
     path = model / "config.json"
     try:
         if not path.is_file():
-            raw = as_hugging_face(config)
+            raw = config.as_hugging_face()
         elif options.dtype == "auto":
             raw = None
             files["config.json"] = path.read_bytes()

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from cupyllama.checkpoint.llama import MATRIX_DTYPES, Field, stage_fields
+from cupyllama.checkpoint.fields import MATRIX_DTYPES, Field, stage_fields
 from cupyllama.checkpoint.safetensors import read_header
 from cupyllama.checkpoint.source import INCOMPLETE, Checkpoint, StoredTensor, Tensor
 from cupyllama.config import load_config

@@ -264,11 +264,21 @@ def gather_index(
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """The checkpoint in a directory, whatever its form.
+    """The checkpoint in a directory, whatever its form, under Hugging Face's names of today.
 
     Raises:
         ModelError: there is none, or its files are broken.
     """
+    from cupyllama.checkpoint.names import newer_names
+    from cupyllama.families import FAMILIES
+
+    checkpoint = _open(directory)
+    for family in FAMILIES.values():
+        checkpoint.tensors = newer_names(checkpoint.tensors, family.names.older_prefixes)
+    return checkpoint
+
+
+def _open(directory: Path) -> Checkpoint:
     from cupyllama.checkpoint import meta, pytorch, safetensors, sharded
 
     if not directory.is_dir():

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cupyllama.checkpoint.e4m3 import quantized_rows
-from cupyllama.checkpoint.llama import SCALE, Field
+from cupyllama.checkpoint.fields import SCALE, Field
 from cupyllama.checkpoint.source import DTYPES, INCOMPLETE, QUANTIZED, Checkpoint, StoredTensor
 from cupyllama.errors import ModelError, OutputError
 

@@ -48,7 +48,7 @@ def split_layers(
 
 def head_layers(config: ModelConfig) -> float:
     """The cost of lm_head, in decoder layers."""
-    return HEAD_SHARE * config.vocab_size * config.hidden_size / config.layer_parameters
+    return HEAD_SHARE * config.head_parameters / config.layer_parameters
 
 
 def _balanced(layers: int, stages: int, head: float) -> list[int]:

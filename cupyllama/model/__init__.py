@@ -1,1 +1,8 @@
-"""Model families, one file each, written against the names in `cupyllama.ops`."""
+"""Model families, one file each, written against the names in `cupyllama.ops`.
+
+Each file has three classes, and `cupyllama.families` names the files. LayerWeights, of one decoder
+layer, and StageWeights(layers, …), of a contiguous slice of them, have the fields of the family's
+name table, None for what a model has not; matrices may be `Quantized`.
+Stage(config, weights, ops, positions) takes micro-batches through the slice by forward(batch,
+hidden). What crosses from stage to stage is one tensor, the residual stream, (tokens, hidden).
+"""

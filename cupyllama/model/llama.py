@@ -63,8 +63,7 @@ class Stage:
         if self.weights.embed_tokens is not None:
             hidden = self.ops.gather(batch.token_ids, self.weights.embed_tokens)
         for layer in layers[:-1] if last else layers:
-            mixed = self.mix(layer, batch, hidden)
-            hidden = self.transform(layer, mixed, hidden)
+            hidden = self.transform(layer, self.mix(layer, batch, hidden), hidden)
         return self.log_probs(layers[-1], batch, hidden) if last else hidden
 
     def mix(self, layer: LayerWeights, batch: MicroBatch, hidden: Array) -> Array:

@@ -17,7 +17,7 @@ import numpy as np
 from cupyllama.config import ModelConfig
 from cupyllama.errors import DeviceError, UsageError
 from cupyllama.evaluate import Line, forward_all
-from cupyllama.model.llama import Stage
+from cupyllama.families import Stage
 from cupyllama.packing import MicroBatch
 from cupyllama.parallel.channels import MPIInbox, MPIOutbox
 from cupyllama.parallel.devices import Device

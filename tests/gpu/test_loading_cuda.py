@@ -12,7 +12,7 @@ from test_quantization import assert_same as assert_same_quantized
 from test_quantization import truth, write_strange_model
 from tiny_models import write_tiny_model
 
-from cupyllama.checkpoint.llama import stage_bytes
+from cupyllama.checkpoint.fields import stage_bytes
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.checkpoint.shard import ShardOptions, shard
 from cupyllama.checkpoint.source import open_checkpoint

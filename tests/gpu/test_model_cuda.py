@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from engine import build_stage, question_rows, score_rows
 from safetensors.numpy import load_file, save_file
 from test_evaluate import random_rows
-from tiny_models import TINY_MODELS, write_tiny_model
+from tiny_models import write_tiny_model
 
 from cupyllama.cli import cli
 from cupyllama.evaluate import ChoiceScores, Line, evaluate, plan

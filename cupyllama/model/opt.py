@@ -1,0 +1,142 @@
+"""OPT (Zhang et al. 2022), for a contiguous slice of layers."""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cupyllama.config_opt import POSITION_OFFSET, OptConfig
+from cupyllama.packing import MicroBatch
+from cupyllama.quantized import Quantized
+
+Array = Any  # numpy.ndarray or cupy.ndarray: whatever `ops` works on
+
+LAYER_NORM_EPS = 1e-5  # which config.json does not say
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer; matrices are [out, in], and may be quantized."""
+
+    self_attn_layer_norm: Array  # (hidden,), and so is its bias
+    self_attn_layer_norm_bias: Array
+    qkv_proj: Array | Quantized  # (3 · hidden, hidden)
+    qkv_bias: Array  # (3 · hidden,)
+    out_proj: Array | Quantized  # (hidden, hidden)
+    out_bias: Array  # (hidden,)
+    final_layer_norm: Array  # (hidden,)
+    final_layer_norm_bias: Array
+    fc1: Array | Quantized  # (ffn, hidden)
+    fc1_bias: Array  # (ffn,)
+    fc2: Array | Quantized  # (hidden, ffn)
+    fc2_bias: Array  # (hidden,)
+
+
+@dataclass(frozen=True)
+class StageWeights:
+    """The tensors of some layers; a stage has the ends of the model that it needs.
+
+    `embedding` is `hidden`, or else there are projections between the two.
+    """
+
+    layers: list[LayerWeights]
+    embed_tokens: Array | None = None  # (vocab, embedding), on the first stage
+    embed_positions: Array | None = None  # (positions + 2, hidden), on the first stage
+    project_in: Array | None = None  # (hidden, embedding), on the first stage
+    final_layer_norm: Array | None = None  # (hidden,), on the last stage where norms come first
+    final_layer_norm_bias: Array | None = None
+    project_out: Array | None = None  # (embedding, hidden), on the last stage
+    lm_head: Array | None = None  # (vocab, embedding), on the last stage
+
+
+class Stage:
+    """A contiguous slice of the decoder layers, with the ends of the model that it has.
+
+    A norm stands before each block, or in the 350m (`do_layer_norm_before` false) after each
+    residual sum.
+    """
+
+    def __init__(self, config: OptConfig, weights: StageWeights, ops: ModuleType, positions: int):
+        """`positions`: the longest row that will be fed, in tokens."""
+        assert positions <= config.max_position_embeddings  # gather looks at no bounds
+        self.config = config
+        self.weights = weights
+        self.ops = ops
+
+    def forward(self, batch: MicroBatch, hidden: Array | None = None) -> Array:
+        """One micro-batch through this stage.
+
+        Args:
+            batch: as `ops.upload` returned it.
+            hidden: (tokens, hidden) from the stage before; None on the first one.
+
+        Returns:
+            (tokens, hidden), or from the last stage (2, targets) float32 as `ops.log_probs` writes.
+        """
+        layers, last = self.weights.layers, self.weights.lm_head is not None
+        if self.weights.embed_tokens is not None:
+            hidden = self.embed(batch)
+        for layer in layers[:-1] if last else layers:
+            hidden = self.transform(layer, self.mix(layer, batch, hidden), hidden)
+        return self.log_probs(layers[-1], batch, hidden) if last else hidden
+
+    def embed(self, batch: MicroBatch) -> Array:
+        """Of each token and its position: (tokens, hidden)."""
+        ops, weights = self.ops, self.weights
+        tokens = ops.gather(batch.token_ids, weights.embed_tokens)
+        positions = ops.gather(batch.positions, weights.embed_positions[POSITION_OFFSET:])
+        if weights.project_in is None:
+            return ops.add(tokens, positions)
+        return ops.linear(tokens, weights.project_in, residual=positions)
+
+    def mix(self, layer: LayerWeights, batch: MicroBatch, hidden: Array) -> Array:
+        """What attention finds for each token: (tokens, hidden) -> the same."""
+        ops, heads = self.ops, self.config.num_attention_heads
+        normed = hidden
+        if self.config.do_layer_norm_before:
+            eight_bit = isinstance(layer.qkv_proj, Quantized)
+            norm = layer.self_attn_layer_norm, layer.self_attn_layer_norm_bias
+            normed = ops.layernorm(hidden, *norm, LAYER_NORM_EPS, eight_bit)
+        qkv = ops.linear(normed, layer.qkv_proj, layer.qkv_bias, out_dtype=hidden.dtype)
+        return ops.attention(qkv, batch, heads, heads)
+
+    def transform(self, layer: LayerWeights, mixed: Array, hidden: Array) -> Array:
+        """The rest of the layer, token by token: (tokens, hidden) twice -> the same."""
+        ops, eight_bit = self.ops, isinstance(layer.fc1, Quantized)
+        hidden = ops.linear(mixed, layer.out_proj, layer.out_bias, residual=hidden)
+        norm = layer.final_layer_norm, layer.final_layer_norm_bias
+        if self.config.do_layer_norm_before:
+            normed = ops.layernorm(hidden, *norm, LAYER_NORM_EPS, eight_bit)
+            return self.feed_forward(layer, normed, hidden)
+        first = layer.self_attn_layer_norm, layer.self_attn_layer_norm_bias
+        normed = ops.layernorm(hidden, *first, LAYER_NORM_EPS)
+        return ops.layernorm(self.feed_forward(layer, normed, normed), *norm, LAYER_NORM_EPS)
+
+    def feed_forward(self, layer: LayerWeights, x: Array | Quantized, residual: Array) -> Array:
+        """fc2 · ReLU(fc1 · x) + residual: (tokens, hidden) twice -> the same."""
+        ops, eight_bit = self.ops, isinstance(layer.fc2, Quantized)
+        inner = ops.linear_relu(x, layer.fc1, layer.fc1_bias, eight_bit, residual.dtype)
+        return ops.linear(inner, layer.fc2, layer.fc2_bias, residual=residual)
+
+    def log_probs(self, layer: LayerWeights, batch: MicroBatch, hidden: Array) -> Array:
+        """The last layer and the head, on rows with targets alone: (2, targets) float32.
+
+        A chunk of rows at a time, for the logits of all would be gigabytes.
+        """
+        ops, weights = self.ops, self.weights
+        mixed = self.mix(layer, batch, hidden)
+        out = ops.empty((2, len(batch.target_token)), np.float32)
+        for first in range(0, len(batch.logit_rows), ops.LOGIT_CHUNK):
+            rows = batch.logit_rows[first : first + ops.LOGIT_CHUNK]
+            chosen = self.transform(layer, ops.gather(rows, mixed), ops.gather(rows, hidden))
+            if weights.final_layer_norm is not None:
+                norm = weights.final_layer_norm, weights.final_layer_norm_bias
+                chosen = ops.layernorm(chosen, *norm, LAYER_NORM_EPS)
+            if weights.project_out is not None:
+                chosen = ops.linear(chosen, weights.project_out)
+            logits = ops.linear(chosen, weights.lm_head, out_dtype=np.float32)
+            target_start = batch.target_start[first : first + len(rows) + 1]
+            ops.log_probs(logits, target_start, batch.target_token, out)
+            del logits  # hundreds of megabytes, which the next chunk can have
+        return out
