@@ -22,7 +22,7 @@ from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.config import load_config
 from cupyllama.errors import CupyllamaError
 from cupyllama.evaluate import ChoiceScores, Line, evaluate, plan
-from cupyllama.model.llama import Stage
+from cupyllama.families import family_of
 from cupyllama.parallel.devices import choose_device
 from cupyllama.provenance import versions
 from cupyllama.tasks.conventions import CONVENTIONS, TokenRows, token_rows
@@ -81,7 +81,8 @@ class Ours:
         layers = range(self.config.num_hidden_layers)
         checkpoint = open_checkpoint(job.model)
         load = BackgroundLoad(checkpoint, self.config, layers, job.dtype, device, False)
-        self.line = Line(Stage(self.config, load.wait(), device.ops, job.rows.longest))
+        stage = family_of(self.config).model.Stage
+        self.line = Line(stage(self.config, load.wait(), device.ops, job.rows.longest))
         self.tokenizer = load_tokenizer(job.tokenizer.parent, job.tokenizer)
         self.dtype, self.versions = job.dtype, versions(device)
         self.info = {"gpu": device.name, "micro_batch_tokens": micro_batch_tokens}

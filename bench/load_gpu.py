@@ -6,7 +6,7 @@ A synthetic checkpoint of a published shape (LLaMA-7B in float16: 13.5 GB) is wr
 read once to warm the page cache, and loaded with several numbers of threads, sizes of pieces and
 buffers a thread, in turn with copies of as many bytes from one pinned buffer. A load begins with an
 empty memory pool, so it pays for the allocation of what it fills and of its pinned buffers, as in a
-run of the engine; the copy does not. With --quantize fp8 the bytes are still those of the files:
+run of the engine; the copy does not. With --quantize the bytes are still those of the files:
 they cross the bus, and are quantized on the device.
 """
 
@@ -32,7 +32,7 @@ import numpy as np
 from cupy.cuda import runtime
 from shapes import SHAPES, model_config
 
-from cupyllama.checkpoint.e4m3 import quantize_rows
+from cupyllama.checkpoint.eight_bit import quantize_rows
 from cupyllama.checkpoint.fields import stage_bytes, stage_fields
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.checkpoint.source import DTYPES, numpy_dtype
@@ -184,7 +184,7 @@ def verify(weights: StageWeights, checkpoint: SafetensorsCheckpoint, config: Mod
             first += shape[0]
         pairs = [(array, expected)]
         if isinstance(array, Quantized):
-            quantized = quantize_rows(expected)
+            quantized = quantize_rows(expected, kind=array.kind)
             pairs = [(array.values, quantized.values), (array.scale, quantized.scale)]
         for found, wanted in pairs:
             same = np.array_equal(found.get().view(np.uint8), wanted.view(np.uint8))
@@ -198,7 +198,7 @@ def verify(weights: StageWeights, checkpoint: SafetensorsCheckpoint, config: Mod
 @click.option("--files", default=3)
 @click.option("--saved", type=click.Choice(["float16", "bfloat16"]), default="float16")
 @click.option("--dtype", help="What is loaded; as saved if not given.")
-@click.option("--quantize", type=click.Choice(["fp8"]))
+@click.option("--quantize", type=click.Choice(["fp8", "int8"]))
 @click.option("--threads", default=[8, THREADS, 16], multiple=True)
 @click.option("--piece-kib", default=[2048, PIECE_BYTES >> 10], multiple=True)
 @click.option("--buffers", default=[BUFFERS], multiple=True, help="Of every thread.")

@@ -3,10 +3,11 @@
     mpirun -n 4 python bench/pipeline_gpu.py --shape llama-7b --data hellaswag_val_full.txt.bz2 \
         --tokenizer tokenizer.model --questions 1000 --json out.json
     python bench/pipeline_gpu.py …        # one process, to compare with
+    mpirun -n 4 python bench/pipeline_gpu.py … --tensor-parallel 2    # two stages of two ranks
 
 Ranks take the visible GPUs in turn; on a shared one they pass hidden states by CUDA IPC, between
-GPUs by NCCL. Prints a digest of the log-likelihoods, which is the same for any number of ranks.
-Where each rank has a GPU of its own, the channel is compared with NCCL's send and recv alone.
+GPUs by NCCL. Prints a digest of the log-likelihoods, which is the same for any number of ranks,
+but for those that share matrices: there each has the same random numbers in its part.
 """
 
 import hashlib
@@ -30,40 +31,9 @@ from cupyllama.provenance import versions
 from cupyllama.sizing import DEFAULT_TOKENS
 from cupyllama.tasks.conventions import CONVENTIONS, token_rows
 from cupyllama.tasks.files import load_task
+from cupyllama.tensor_parallel import check_tensor_parallel, part_of
 from cupyllama.tokenizer import load_tokenizer
 from cupyllama.trace import busy_seconds
-
-_MESSAGES = 40
-
-
-def nccl_seconds(world, nbytes: int) -> float | None:
-    """NCCL's send and recv alone, a message from each rank to the next, pair after pair.
-
-    Returns:
-        Seconds a message, on the rank that sends it.
-    """
-    import cupy
-    from cupy.cuda import nccl
-
-    found, buffer = None, cupy.zeros(nbytes, np.uint8)
-    stream = cupy.cuda.Stream(non_blocking=True)
-    for sender in range(world.size - 1):
-        names = world.allgather(nccl.get_unique_id() if world.rank == sender else None)
-        if world.rank in (sender, sender + 1):
-            link = nccl.NcclCommunicator(2, names[sender], world.rank - sender)
-            pass_on, peer = (link.send, 1) if world.rank == sender else (link.recv, 0)
-            marks = []
-            for _ in range(_MESSAGES):
-                pass_on(buffer.data.ptr, nbytes, nccl.NCCL_INT8, peer, stream.ptr)
-                marks.append(cupy.cuda.Event())
-                marks[-1].record(stream)
-            stream.synchronize()
-            warm = _MESSAGES // 2
-            elapsed = cupy.cuda.get_elapsed_time(marks[warm - 1], marks[-1]) / 1e3
-            if world.rank == sender:
-                found = elapsed / (_MESSAGES - warm)
-        world.allgather(None)
-    return found
 
 
 @click.command()
@@ -72,8 +42,9 @@ def nccl_seconds(world, nbytes: int) -> float | None:
 @click.option("--tokenizer", type=click.Path(path_type=Path), required=True)
 @click.option("--questions", default=1000)
 @click.option("--replicas", default=1)
+@click.option("--tensor-parallel", default=1)
 @click.option("--dtype", default="float16")
-@click.option("--quantize", type=click.Choice(["fp8"]))
+@click.option("--quantize", type=click.Choice(["fp8", "int8"]))
 @click.option("--micro-batch-tokens", default=DEFAULT_TOKENS)
 @click.option("--repeats", default=2)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
@@ -83,6 +54,7 @@ def main(
     tokenizer,
     questions,
     replicas,
+    tensor_parallel,
     dtype,
     quantize,
     micro_batch_tokens,
@@ -92,7 +64,9 @@ def main(
     """Time evaluations, all ranks together."""
     world, config = open_world(), model_config(shape)
     device = choose_device("cuda", world.local_rank, world.local_size)[0]
-    grid = pipeline.make_grid(world, replicas)
+    check_tensor_parallel(config, tensor_parallel)
+    grid = pipeline.make_grid(world, replicas, tensor_parallel)
+    own = part_of(config, grid.tensor_share)
     everything = load_task(data, "lm-eval").questions
     spread = [everything[i * len(everything) // questions] for i in range(questions)]
     tokens = load_tokenizer(tokenizer.parent, tokenizer)
@@ -100,7 +74,8 @@ def main(
     layers = split_layers(config, grid.stages)[grid.stage]
     batches = plan(rows.rows, micro_batch_tokens, device.ops)
     storage = storage_dtype(dtype)
-    stage = random_stage(config, storage, device.ops, rows.longest, layers, quantize)
+    group = pipeline.connect_group(world, grid, device, own)
+    stage = random_stage(own, storage, device.ops, rows.longest, layers, quantize, group)
     places = world.allgather(device.place)
     line = pipeline.connect(world, grid, stage, device, batches, config, storage)
 
@@ -121,16 +96,13 @@ def main(
     mine = len(grid.share(batches))
     stages = world.allgather(busy_seconds(line.spans) / max(mine, 1))
     links = world.allgather(line.link_seconds)
-    alone = None
-    if world.size > 1 and len(set(places)) == world.size:
-        nbytes = micro_batch_tokens * config.hidden_size * storage.itemsize
-        alone = [found for found in world.allgather(nccl_seconds(world, nbytes)) if found]
     if world.rank == 0:
         assert scores.done.all() and np.isfinite(scores.loglikelihoods).all()
         median = statistics.median(seconds)
         digest = hashlib.sha256(scores.loglikelihoods.tobytes()).hexdigest()
-        links = [seconds or 0.0 for seconds in links[1 : grid.stages]]
-        simulated = simulate(stages[: grid.stages], links, mine).seconds
+        line = range(0, grid.stages * tensor_parallel, tensor_parallel)  # a rank of each stage
+        links = [links[rank] or 0.0 for rank in line[1:]]
+        simulated = simulate([stages[rank] for rank in line], links, mine).seconds
         result = {
             "bench": "pipeline_gpu",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -143,20 +115,21 @@ def main(
             "questions": questions,
             "ranks": world.size,
             "replicas": replicas,
+            "tensor_parallel": tensor_parallel,
             "micro_batch_tokens": micro_batch_tokens,
             "micro_batches": len(batches),
             "seconds": seconds,
             "questions_per_second": questions / median,
             "stage_seconds": stages,
             "link_seconds": links,
-            "nccl_seconds": alone,  # of a message of that size, for each pair of neighbours
             "bubble": 1 - sum(stages) * mine / (world.size * median),
             "simulated_seconds": simulated if len(set(places)) == world.size else None,
             "digest": digest,
         }
         print(
             f" > {shape} {quantize or dtype} "
-            f"({world.size} ranks, {replicas} replicas, {result['gpus']} GPUs): "
+            f"({world.size} ranks, {replicas} replicas, {tensor_parallel} tensor-parallel, "
+            f"{result['gpus']} GPUs): "
             f"{questions / median:6.1f} questions/s | {median:.2f} s, "
             f"simulated {result['simulated_seconds'] or float('nan'):.2f} | "
             f"bubble {result['bubble']:.3f} | digest {digest[:12]}",

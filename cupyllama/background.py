@@ -94,10 +94,10 @@ class BackgroundLoad:
         bar.close()
 
     def _too_large(self) -> DeviceError:
-        in_fp8 = "" if self._quantize is None else f" and {self._quantize}"
+        quantized = "" if self._quantize is None else f" and {self._quantize}"
         return DeviceError(
-            f"the weights take {self._need / 1e9:.1f} GB in {self._dtype}{in_fp8}, and "
+            f"the weights take {self._need / 1e9:.1f} GB in {self._dtype}{quantized}, and "
             f"{self._device.name} has {(self._free or 0) / 1e9:.1f} GB free",
-            "Free some memory, give a smaller --dtype or --quantize fp8, or share the layers among "
-            "several devices.",
+            "Free some memory, give a smaller --dtype or --quantize int8, or share the layers "
+            "among several devices.",
         )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupyllama.checkpoint.fields import Field
+from cupyllama.checkpoint.slices import StoredColumns
 from cupyllama.checkpoint.source import (
     INCOMPLETE,
     QUANTIZED,
@@ -59,7 +60,7 @@ def field_chunks(
     """
     first = 0
     for name, shape in zip(field.parts, field.shapes, strict=True):
-        last, stored = first + shape[0], checkpoint.locate(name)
+        last, stored = first + shape[0], _lying(checkpoint, name)
         file = None if stored is None else descriptor(stored.path)
         if isinstance(target, Quantized):
             part = _rows(target, first, last)
@@ -75,8 +76,14 @@ def field_chunks(
         first = last
 
 
+def _lying(checkpoint: Checkpoint, name: str) -> StoredTensor | StoredColumns | None:
+    """Where the tensor lies in a file, if nothing must be done to put it together."""
+    tensor = checkpoint.tensors[name]
+    return tensor if isinstance(tensor, StoredColumns) else checkpoint.locate(name)
+
+
 def _flat_chunks(
-    stored: StoredTensor,
+    stored: StoredTensor | StoredColumns,
     flat: Array,
     dtype: np.dtype,
     piece_bytes: int,
@@ -127,23 +134,31 @@ def _tensor(checkpoint: Checkpoint, name: str, first: int, shape: tuple[int, ...
     return lambda out, begin: checkpoint.read_rows(name, first, out.reshape(shape))
 
 
-def _run(file: int, stored: StoredTensor, dtype: np.dtype, first: int) -> Fill:
+def _run(file: int, stored: StoredTensor | StoredColumns, dtype: np.dtype, first: int) -> Fill:
     """What reads as many elements as it is given room for, counting from element `first`."""
 
+    def read(out: np.ndarray, begin: int) -> None:
+        if isinstance(stored, StoredTensor):
+            _read(file, stored.offset + begin * dtype.itemsize, out, stored)
+            return
+        done = 0
+        for offset, count in stored.runs(begin, len(out)):
+            _read(file, offset, out[done : done + count], stored)
+            done += count
+
     def fill(out: np.ndarray, begin: int) -> None:
-        offset = stored.offset + (first + begin) * dtype.itemsize
         if out.dtype == dtype:
-            _read(file, offset, out, stored)
+            read(out, first + begin)
             return
         values = np.empty(out.shape, dtype)
-        _read(file, offset, values, stored)
+        read(values, first + begin)
         with np.errstate(over="ignore"):  # beyond float16: scoring finds the infinity
             np.copyto(out, values, casting="unsafe")
 
     return fill
 
 
-def _read(file: int, offset: int, out: np.ndarray, stored: StoredTensor) -> None:
+def _read(file: int, offset: int, out: np.ndarray, stored: StoredTensor | StoredColumns) -> None:
     view, done = out.view(np.uint8), 0
     try:
         while done < len(view):

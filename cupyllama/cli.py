@@ -81,6 +81,19 @@ class _CountsType(click.ParamType):
 
 
 _FILE = click.Path(path_type=Path)
+_PATTERN = "Metaseq's 'DIR/reshard-model_part-*.pt'"
+
+
+def _refuse_more(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> None:
+    if values:
+        raise click.UsageError(
+            f"{values[0]} follows no option. If the shell made it of a pattern, put that in "
+            "quotes: --model 'DIR/reshard-model_part-*.pt'.",
+            ctx,
+        )
+
+
+_no_more = click.argument("more", nargs=-1, metavar="", expose_value=False, callback=_refuse_more)
 
 
 @click.group(
@@ -97,9 +110,13 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--model", type=_FILE, help="Checkpoint directory, as Hugging Face lays it out.")
+@click.option("--model", type=_FILE, help=f"Checkpoint directory, or {_PATTERN}.")
 @click.option("--demo", is_flag=True, help="Score the packaged demo: its model, its questions.")
-@click.option("--tokenizer", type=_FILE, help="tokenizer.model or tokenizer.json, if elsewhere.")
+@click.option(
+    "--tokenizer",
+    type=_FILE,
+    help="tokenizer.model, tokenizer.json or vocab.json beside merges.txt, if elsewhere.",
+)
 @click.option("--data", type=_FILE, help="Questions: .jsonl or six-line text, plain, .gz or .bz2.")
 @click.option("--task", "--tasks", help="Name in the results.  [default: hellaswag]")
 @click.option("--limit", type=_LimitType(), help="Only the first N questions, or that fraction.")
@@ -115,10 +132,10 @@ def cli() -> None:
 )
 @click.option(
     "--quantize",
-    type=click.Choice(["auto", "none", "fp8"]),
+    type=click.Choice(["auto", "none", "fp8", "int8"]),
     default="auto",
     show_default=True,
-    help="The layers' matrices, and what they multiply. auto: as they are stored.",
+    help="The layers' matrices, and in fp8 what they multiply. auto: as they are stored.",
 )
 @click.option(
     "--micro-batch-tokens",
@@ -146,7 +163,15 @@ def cli() -> None:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Pipelines side by side; ranks = replicas × stages.",
+    help="Pipelines side by side; ranks = replicas × stages × tensor-parallel.",
+)
+@click.option(
+    "--tensor-parallel",
+    "--tensor-parallel-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Ranks that share the matrices of each stage.",
 )
 @click.option(
     "--layers-per-stage", type=_CountsType(), help="Not balanced, but these: 15,15,15,15."
@@ -161,6 +186,7 @@ def cli() -> None:
 @click.option("--trace", type=_FILE, help="Write when each rank did what, for Perfetto.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, touching no GPU.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@_no_more
 def score(
     model: Path | None,
     demo: bool,
@@ -179,8 +205,9 @@ def score(
       cupyllama score --model path/to/llama-7b --output results.json
     A file of your own, {"query": …, "choices": […], "gold": 0} a line:
       cupyllama score --model path/to/llama-7b --data questions.jsonl
-    The layers shared out among four GPUs:
+    The layers shared out among four GPUs, or the matrices of each of them:
       mpirun -n 4 cupyllama score --model path/to/llama-30b
+      mpirun -n 4 cupyllama score --model path/to/llama-30b --tensor-parallel 4
     """
     from cupyllama.score import ScoreOptions
     from cupyllama.score import score as run
@@ -222,18 +249,23 @@ def score(
     "--model",
     type=_FILE,
     required=True,
-    help="Checkpoint directory: Hugging Face's safetensors or pytorch_model.bin, or Meta's .pth.",
+    help="Checkpoint directory: Hugging Face's safetensors or pytorch_model.bin, Meta's .pth, or "
+    f"{_PATTERN}.",
 )
 @click.option("--output", type=_FILE, required=True, help="Directory to make.")
 @click.option(
-    "--stages", type=click.IntRange(min=1), required=True, help="How many files to write."
+    "--stages",
+    type=click.IntRange(min=1),
+    required=True,
+    help="Stages of the pipeline: a file for each.",
 )
 @click.option(
     "--tensor-parallel",
+    "--tensor-parallel-size",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Only 1 yet.",
+    help="Ranks that share the matrices of each stage: a file for each.",
 )
 @click.option(
     "--dtype",
@@ -244,7 +276,7 @@ def score(
 )
 @click.option(
     "--quantize",
-    type=click.Choice(["auto", "none", "fp8"]),
+    type=click.Choice(["auto", "none", "fp8", "int8"]),
     default="auto",
     show_default=True,
     help="The layers' matrices. auto: as they are stored.",
@@ -256,11 +288,12 @@ def score(
 )
 @click.option("--force", is_flag=True, help="Replace a sharded checkpoint that is there.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@_no_more
 def shard(**options: Any) -> None:
     """Rewrite a checkpoint as one file a pipeline stage, for faster loading.
 
     An interrupted run is taken up by giving the same command again. What is written can be scored
-    like the original, with any number of stages.
+    like the original, with any number of stages and of ranks in each.
 
     \b
     A file for each of four GPUs:

@@ -10,7 +10,9 @@ _TOKENS = click.IntRange(min=1)
 _REPEATS = click.IntRange(min=1)
 
 _data = click.option("--data", type=_FILE, help="Questions.  [default: generated token rows]")
-_tokenizer = click.option("--tokenizer", type=_FILE, help="tokenizer.model, for --data.")
+_tokenizer = click.option(
+    "--tokenizer", type=_FILE, help="For --data: tokenizer.model, tokenizer.json or vocab.json."
+)
 _json = click.option("--json", "output", type=_FILE, help="Write what was measured as JSON.")
 _dtype = click.option(
     "--dtype",
@@ -27,7 +29,8 @@ def _shape(several: bool, *default: str) -> Any:
         multiple=several,
         default=default if several else default[0],
         show_default=True,
-        help="llama-7b, llama-13b, llama-30b, llama-65b, llama-2-70b or llama-3-8b.",
+        help="llama-7b, llama-13b, llama-30b, llama-65b, llama-2-70b, llama-3-8b, opt-6.7b, "
+        "opt-13b, opt-30b or opt-66b.",
     )
 
 
@@ -125,10 +128,10 @@ def bench_gemm(
 @_dtype
 @click.option(
     "--quantize",
-    type=click.Choice(["none", "fp8"]),
+    type=click.Choice(["none", "fp8", "int8"]),
     default="none",
     show_default=True,
-    help="The layers' matrices, and what they multiply.",
+    help="The layers' matrices, and in fp8 what they multiply.",
 )
 @click.option(
     "--micro-batch-tokens", type=_TOKENS, multiple=True, default=(8192,), show_default=True

@@ -1,7 +1,7 @@
 """config.json to a ModelConfig; what is not known and could change the mathematics is refused."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,12 +13,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Part `rank` of the `size` into which ranks share the matrices of a model."""
+
+    rank: int
+    size: int
+
+    def vocabulary(self, vocab_size: int) -> range:
+        """Its rows of lm_head, in eights: products of any other number of columns are slower."""
+        first, last = (
+            vocab_size if part == self.size else part * vocab_size // self.size // 8 * 8
+            for part in (self.rank, self.rank + 1)
+        )
+        return range(first, last)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The numbers that every model has, under config.json's own names; each family adds its own.
 
     Every family also has, as a field or as a property: num_key_value_heads, head_dim,
-    layer_parameters (weights of the matrices of one layer, fused as they are multiplied) and
-    mlp_activations (numbers that a token takes in the MLP, besides what it reads and adds to).
+    intermediate_size (numbers that a token has between the matrices of the MLP), layer_parameters
+    (weights of the matrices of one layer, fused as they are multiplied) and mlp_width
+    (numbers of a token in the widest array that the MLP may write).
     """
 
     family: ClassVar[str]  # its name in `families.FAMILIES`
@@ -31,6 +48,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     bos_token_id: int | None
     dtype: str  # as the checkpoint was saved
+    # Given, heads and the MLP are those of one rank: see `part`.
+    share: Share | None = field(default=None, kw_only=True)
 
     @property
     def q_size(self) -> int:
@@ -45,6 +64,13 @@ class ModelConfig:
         return self.q_size + 2 * self.kv_size
 
     @property
+    def head_rows(self) -> int:
+        """Rows of lm_head."""
+        if self.share is None:
+            return self.vocab_size
+        return len(self.share.vocabulary(self.vocab_size))
+
+    @property
     def max_length(self) -> int:
         """The longest row whose attention this model sees whole, in tokens."""
         return self.max_position_embeddings
@@ -54,19 +80,34 @@ class ModelConfig:
         """Weights of the matrices behind the last layer."""
         return self.vocab_size * self.hidden_size
 
+    def part(self, share: Share) -> "ModelConfig":
+        """The model as one rank has it that shares every matrix, with sizes that can be shared.
+
+        Of the heads and of the MLP it has its part, of hidden states and the vocabulary all. A tied
+        embedding counts as one of its own and a head of its own: the rank has all rows of the one
+        and some of the other.
+        """
+        raise NotImplementedError
+
     def as_hugging_face(self) -> dict[str, Any]:
         """The config.json, in the spelling of transformers 4, that reads back as this."""
         raise NotImplementedError
 
 
 def load_config(model: Path) -> ModelConfig:
-    """Read `model`/config.json, as transformers 4 or 5 wrote it, or else Meta's params.json.
+    """Read config.json in `model`, as transformers 4 or 5 wrote it, or else what Meta has instead:
+    params.json, or the settings in the parts of a Metaseq checkpoint.
+
+    Args:
+        model: a directory, or a pattern for the names of the parts of a Metaseq checkpoint.
 
     Raises:
         ModelError: no such file, not JSON, an unknown architecture, a missing or impossible
             value, or a key whose meaning is not known.
     """
-    path = model / "config.json"
+    from cupyllama.checkpoint.metaseq_parts import has_metaseq, model_directory
+
+    path = model_directory(model) / "config.json"
     try:
         text = path.read_bytes()
     except NotADirectoryError as error:
@@ -74,6 +115,10 @@ def load_config(model: Path) -> ModelConfig:
             f"{model}: is a file", f"--model takes the directory that it is in: {model.parent}"
         ) from error
     except FileNotFoundError as error:
+        if has_metaseq(model):
+            from cupyllama.checkpoint.metaseq import load_metaseq_config
+
+            return load_metaseq_config(model)
         if not model.exists():
             hint = "--model takes a checkpoint directory."
             raise ModelError(f"{model}: no such directory", hint) from error

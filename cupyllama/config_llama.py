@@ -1,9 +1,9 @@
 """LLaMA's config.json, and those of the models that share its equations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from cupyllama.config import ModelConfig
+from cupyllama.config import ModelConfig, Share
 from cupyllama.config_reader import ConfigReader, shown
 
 # Each model_type, and its classes: the first conversions wrote LLaMA.
@@ -68,8 +68,18 @@ class LlamaConfig(ModelConfig):
         return attention + 3 * self.hidden_size * self.intermediate_size
 
     @property
-    def mlp_activations(self) -> int:
-        return 3 * self.intermediate_size  # gate, up, and their product
+    def mlp_width(self) -> int:
+        return 2 * self.intermediate_size  # gate and up
+
+    def part(self, share: Share) -> "LlamaConfig":
+        return replace(
+            self,
+            num_attention_heads=self.num_attention_heads // share.size,
+            num_key_value_heads=max(1, self.num_key_value_heads // share.size),
+            intermediate_size=self.intermediate_size // share.size,
+            tie_word_embeddings=False,
+            share=share,
+        )
 
     def as_hugging_face(self) -> dict[str, Any]:
         scaling = self.rope_scaling

@@ -1,9 +1,9 @@
 """OPT's config.json."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from cupyllama.config import ModelConfig
+from cupyllama.config import ModelConfig, Share
 from cupyllama.config_reader import ConfigReader, shown
 from cupyllama.packing import PADDING_SEGMENT
 
@@ -38,7 +38,12 @@ class OptConfig(ModelConfig):
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        ranks = 1 if self.share is None else self.share.size
+        return self.hidden_size // (ranks * self.num_attention_heads)
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.ffn_dim
 
     @property
     def position_rows(self) -> int:
@@ -52,7 +57,7 @@ class OptConfig(ModelConfig):
 
     @property
     def layer_parameters(self) -> int:
-        return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.ffn_dim
+        return 4 * self.hidden_size * self.q_size + 2 * self.hidden_size * self.ffn_dim
 
     @property
     def head_parameters(self) -> int:
@@ -60,8 +65,17 @@ class OptConfig(ModelConfig):
         return self.vocab_size * self.word_embed_proj_dim + project_out
 
     @property
-    def mlp_activations(self) -> int:
-        return 2 * self.ffn_dim  # before ReLU and after it
+    def mlp_width(self) -> int:
+        return self.ffn_dim
+
+    def part(self, share: Share) -> "OptConfig":
+        return replace(
+            self,
+            num_attention_heads=self.num_attention_heads // share.size,
+            ffn_dim=self.ffn_dim // share.size,
+            tie_word_embeddings=False,
+            share=share,
+        )
 
     def as_hugging_face(self) -> dict[str, Any]:
         same = (

@@ -43,7 +43,9 @@ def examine() -> Iterator[Finding]:
     yield _part("kernels", _kernels, f"{INSTALL_CUDA} A V100 needs [cuda12].")
     yield _part("NCCL", _nccl, "Needed for several GPUs: pip install nvidia-nccl-cu13 (or -cu12).")
     yield _mpi()
-    yield _part("tokenizers", _tokenizers, "For tokenizer.json: pip install tokenizers")
+    yield _part(
+        "tokenizers", _tokenizers, "For tokenizer.json and vocab.json: pip install tokenizers"
+    )
 
 
 def _part(name: str, look: Callable[[], str], remedy: str) -> Finding:

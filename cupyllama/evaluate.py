@@ -165,7 +165,7 @@ def _forward(line: Line, clock: Any, number: int, batch: MicroBatch) -> tuple:
     ops = line.stage.ops
     marks = [clock.mark()]
     uploaded = ops.upload(batch)
-    hidden = line.inbox.receive() if line.inbox else None
+    hidden = line.inbox.receive(len(batch.token_ids)) if line.inbox else None
     with line.turn, np.errstate(over="ignore", invalid="ignore"):
         marks.append(clock.mark())
         out = line.stage.forward(uploaded, hidden)

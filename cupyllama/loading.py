@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyllama.checkpoint.e4m3 import quantize_rows
+from cupyllama.checkpoint.eight_bit import quantize_rows
 from cupyllama.checkpoint.fields import SCALE, Field, check_names, stage_bytes, stage_fields
 from cupyllama.checkpoint.source import Checkpoint
 from cupyllama.chunks import Chunk, field_chunks, open_files
@@ -59,13 +59,14 @@ def load_stage(
         on_bytes: called in this thread with the bytes of the stage's arrays that are newly there.
         piece_bytes: how much a thread reads at a time.
         buffers: of a piece each, from which a thread copies to a device.
-        quantize: "fp8" for the layers' matrices as `Quantized`: as they are stored, or made from
-            what is stored, whatever `dtype` is, a few rows at a time.
+        quantize: "fp8" or "int8" for the layers' matrices as `Quantized`: as they are stored, or
+            made from what is stored, whatever `dtype` is, a few rows at a time.
 
     Raises:
         ModelError: a tensor is missing, misshapen, unknown, unsupported or cut short.
         MemoryError: the arrays do not fit.
     """
+    assert checkpoint.bands == 1  # else it is for `part_of_checkpoint`
     check_names(checkpoint, config)
     if checkpoint.quantization not in (None, quantize):
         raise ModelError(

@@ -1,5 +1,6 @@
 """What a run would do, as far as it can be told without touching a device."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cupyllama.checkpoint.fields import stage_bytes
@@ -7,10 +8,12 @@ from cupyllama.checkpoint.stages import head_layers
 from cupyllama.config import ModelConfig
 from cupyllama.evaluate import plan
 from cupyllama.ops import reference
+from cupyllama.parallel.channels import SLOTS
 from cupyllama.parallel.devices import gpu_dtype, storage_dtype
 from cupyllama.parallel.pipeline import Grid
 from cupyllama.parallel.simulate import simulate
 from cupyllama.sizing import DEFAULT_TOKENS, activation_bytes
+from cupyllama.tensor_parallel import part_of
 
 if TYPE_CHECKING:
     from cupyllama.questions import Questions
@@ -33,7 +36,8 @@ def describe_plan(
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if options.device == "cpu" else gpu_dtype(config.dtype)
-    activations = activation_bytes(config, size, dtype, reference.LOGIT_CHUNK)
+    own = part_of(config, grid.tensor_share)
+    activations = activation_bytes(own, size, dtype, reference.LOGIT_CHUNK, quantize)
     lines = [
         f"{questions.task.name}: {len(questions.asked):,} questions, {len(rows.rows):,} rows "
         f"of up to {rows.longest:,} tokens, {rows.truncated:,} of them truncated",
@@ -42,13 +46,18 @@ def describe_plan(
         f"{len(batches):,} micro-batches of {size:,} tokens, {activations / 1e9:.2f} GB of "
         f"activations in {dtype}",
     ]
-    for rank in range(grid.replicas * grid.stages):
-        layers = split[rank % grid.stages]
-        weights = stage_bytes(config, layers, storage_dtype(dtype), quantize)
-        share = len(range(rank // grid.stages, len(batches), grid.replicas))
+    for rank in range(grid.replicas * grid.stages * grid.tensor_parallel):
+        its = replace(grid, rank=rank)
+        layers, own = split[its.stage], part_of(config, its.tensor_share)
+        weights = stage_bytes(own, layers, storage_dtype(dtype), quantize)
+        part = f", part {its.tensor_rank + 1}/{grid.tensor_parallel}" if its.tensor_share else ""
+        peak = weights + activation_bytes(own, size, dtype, reference.LOGIT_CHUNK, quantize)
+        if its.stage > 0:
+            peak += SLOTS * size * config.hidden_size * storage_dtype(dtype).itemsize  # to receive
         lines.append(
-            f"rank {rank}: layers {layers.start} to {layers.stop - 1}, {weights / 1e9:.2f} GB of "
-            f"weights, {share:,} micro-batches"
+            f"rank {rank}: layers {layers.start} to {layers.stop - 1}{part}, {weights / 1e9:.2f} "
+            f"GB of weights, {peak / 1e9:.2f} GB at the peak, {len(its.share(batches)):,} "
+            "micro-batches"
         )
     if grid.stages > 1:
         costs = [float(len(layers)) for layers in split]

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import cupyllama
+from cupyllama.bpe import bpe_files, is_bpe_file
 from cupyllama.checkpoint.source import Checkpoint
 from cupyllama.config import ModelConfig
 from cupyllama.parallel.devices import Device
@@ -17,11 +18,16 @@ from cupyllama.parallel.devices import Device
 def digests(
     checkpoint: Checkpoint, config: ModelConfig, tokenizer: Path, data: str
 ) -> dict[str, str]:
-    """SHA-256 of what went in; the model's is over config.json and a sample of each tensor."""
+    """SHA-256 of what went in; the model's is over config.json and a sample of each tensor.
+
+    Args:
+        tokenizer: its file; of vocab.json and merges.txt either, and both are counted.
+    """
+    files = bpe_files(tokenizer) if is_bpe_file(tokenizer) else (tokenizer,)
     model = hashlib.sha256(config_json(config).encode() + checkpoint.digest().encode()).hexdigest()
     return {
         "model": model,
-        "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+        "tokenizer": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
         "data": data,
     }
 

@@ -95,6 +95,8 @@ class RankReport:
     place: str  # host and GPU
     link_seconds: float | None  # of a micro-batch from the rank before, measured alone
     spans: list[Span]
+    tensor_rank: int = 0  # its part of the stage's matrices
+    tensor_parallel: int = 1  # of so many
 
     @property
     def stage_seconds(self) -> float:
@@ -104,12 +106,15 @@ class RankReport:
 
     @property
     def title(self) -> str:
-        return f"rank {self.rank}: layers {self.layers[0]} to {self.layers[1] - 1}"
+        part = f", part {self.tensor_rank + 1}/{self.tensor_parallel}"
+        layers = f"rank {self.rank}: layers {self.layers[0]} to {self.layers[1] - 1}"
+        return layers + (part if self.tensor_parallel > 1 else "")
 
     def as_json(self) -> dict[str, Any]:
         return {
             "rank": self.rank,
             "replica": self.replica,
+            "tensor_rank": self.tensor_rank,
             "layers": list(self.layers),
             "device": self.device,
             "bytes_read": self.bytes_read,
@@ -152,7 +157,8 @@ class Report:
         places = [rank.place for rank in self.ranks if "/cpu" not in rank.place]
         if len(self.ranks) == 1 or len(set(places)) < len(places):
             return None
-        first = [rank for rank in self.ranks if rank.replica == 0]
+        # Ranks that share matrices are at the same at any time: one of them stands for all.
+        first = [rank for rank in self.ranks if rank.replica == rank.tensor_rank == 0]
         links = [rank.link_seconds or 0.0 for rank in first[1:]]
         stages = [rank.stage_seconds for rank in first]
         return simulate(stages, links, first[0].micro_batches)
@@ -221,10 +227,11 @@ class Report:
             f"{seconds['evaluating']:.1f} s evaluating",
         ]
         if len(self.ranks) > 1:
-            lines += ["", f"  {'rank':<28}{'micro-batches':>14}{'GB read':>10}{'busy':>8}"]
+            wide = max(28, *(len(rank.title) + 1 for rank in self.ranks))
+            lines += ["", f"  {'rank':<{wide}}{'micro-batches':>14}{'GB read':>10}{'busy':>8}"]
             for rank in self.ranks:
                 lines.append(
-                    f"  {rank.title:<28}{rank.micro_batches:>14,}{rank.bytes_read / 1e9:>10.2f}"
+                    f"  {rank.title:<{wide}}{rank.micro_batches:>14,}{rank.bytes_read / 1e9:>10.2f}"
                     f"{100 * rank.busy:>7.1f}%"
                 )
             lines.append(f"  bubble {100 * self.bubble:.1f}%")

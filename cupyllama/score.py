@@ -10,6 +10,7 @@ import numpy as np
 
 from cupyllama.background import BackgroundLoad
 from cupyllama.checkpoint.quantization import check_device, choose_quantization
+from cupyllama.checkpoint.slices import part_of_checkpoint
 from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.checkpoint.stages import split_layers
 from cupyllama.compare import OtherRun, check_questions, compare, read_samples
@@ -20,7 +21,12 @@ from cupyllama.families import config_fields, family_of
 from cupyllama.files import check_writable, is_special, write_json, write_json_lines
 from cupyllama.journal import Journal
 from cupyllama.parallel import pipeline
-from cupyllama.parallel.devices import choose_device, choose_dtype, storage_dtype
+from cupyllama.parallel.devices import (
+    check_verified,
+    choose_device,
+    choose_dtype,
+    storage_dtype,
+)
 from cupyllama.parallel.pipeline import make_grid
 from cupyllama.parallel.world import World, open_world
 from cupyllama.plan import describe_plan
@@ -30,6 +36,7 @@ from cupyllama.questions import read_questions
 from cupyllama.report import Answers, RankReport, Report
 from cupyllama.sizing import micro_batch_tokens
 from cupyllama.tasks.conventions import CONVENTIONS
+from cupyllama.tensor_parallel import check_tensor_parallel, part_of
 from cupyllama.trace import Span, busy_seconds, write_trace
 
 
@@ -44,11 +51,12 @@ class ScoreOptions:
     limit: float | None = None
     device: str = "auto"
     dtype: str = "auto"
-    quantize: str = "auto"  # the matrices of the layers: none, fp8; auto: as they are stored
+    quantize: str = "auto"  # the matrices of the layers: none, fp8, int8; auto: as stored
     micro_batch_tokens: int | None = None  # None: the default, or as many as fit
     convention: str = "lm-eval"
     bos: bool | None = None  # None: as the convention, else the tokenizer, has it
     replicas: int = 1
+    tensor_parallel: int = 1  # ranks that share the matrices of a stage
     layers_per_stage: tuple[int, ...] | None = None  # None: so that the slowest is fastest
     output: Path | None = None
     samples: Path | None = None
@@ -115,8 +123,11 @@ class Run:
         """Who does what on which device; begins to load."""
         options, world = self.options, self.world
         self.config = load_config(options.model)
-        self.quantize = choose_quantization(options.quantize, options.model, self.config)
-        self.grid = make_grid(world, options.replicas)
+        self.grid = make_grid(world, options.replicas, options.tensor_parallel)
+        check_tensor_parallel(self.config, options.tensor_parallel)
+        share = self.grid.tensor_share
+        self.own_config = part_of(self.config, share)
+        self.quantize = choose_quantization(options.quantize, options.model, self.own_config)
         self.split = split_layers(self.config, self.grid.stages, options.layers_per_stage)
         self.layers = self.split[self.grid.stage]
         if options.compare is not None and world.rank == 0:
@@ -133,11 +144,13 @@ class Run:
         if reason and options.device == "auto":
             self.say(f"no GPU ({reason}); computing on the CPU")
         check_device(self.quantize, self.device)
+        check_verified(self.device, self.config.family, self.quantize, options.tensor_parallel)
         self.dtype = choose_dtype(options.dtype, self.config.dtype, self.device)
         self.checkpoint = open_checkpoint(options.model)
+        self.own_checkpoint = part_of_checkpoint(self.checkpoint, self.config, share)
         self.load = BackgroundLoad(
-            self.checkpoint,
-            self.config,
+            self.own_checkpoint,
+            self.own_config,
             self.layers,
             self.dtype,
             self.device,
@@ -167,13 +180,21 @@ class Run:
             "token rows": rows.digest(),
             "dtype": self.dtype,
             "quantize": self.quantize,
+            "tensor parallelism": self.grid.tensor_parallel,
             "kind of device": self.device.kind,
         }
         places = self.world.allgather(self.device.place)
         asked = self.options.micro_batch_tokens or (self.old or {}).get("micro_batch_tokens")
         free = self.load.free_for_activations(sharing=places.count(self.device.place))
         size = micro_batch_tokens(
-            asked, rows.longest, self.config, self.dtype, self.device.ops.LOGIT_CHUNK, free
+            asked,
+            rows.longest,
+            self.own_config,
+            self.dtype,
+            self.device.ops.LOGIT_CHUNK,
+            free,
+            self.quantize,
+            fused=self.device.compute_capability == 90 and self.dtype != "float32",
         )
         everyone = self.world.allgather((work, size, asked))
         with self.world.together():
@@ -200,10 +221,8 @@ class Run:
             if self.options.resume:
                 self.say(f"{self.journal.path} is not there: scoring everything")
             self.journal.begin(self.fingerprint())
-        weights = self.load.wait()
+        self.weights = self.load.wait()
         self.spans.append(Span("load", None, self.load.began, self.load.ended))
-        model, longest = family_of(self.config).model, self.questions.rows.longest
-        self.stage = model.Stage(self.config, weights, self.device.ops, longest)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for answers to go together."""
@@ -213,19 +232,23 @@ class Run:
             "bos": self.questions.bos,
             "dtype": self.dtype,
             "quantize": self.quantize or "none",
+            "tensor_parallel": self.grid.tensor_parallel,
             "device": self.device.name if self.device.kind == "cuda" else "cpu",
             "micro_batch_tokens": self.size,
         }
 
     def connect(self) -> None:
-        """Leave out what is known, and open the channels to the neighbours."""
+        """Leave out what is known, open the channels to the neighbours, and make the stage."""
         self.scores.done = self.world.allgather(self.scores.done)[0]
         self.batches = self.scores.missing(self.batches)
+        config, ops, longest = self.own_config, self.device.ops, self.questions.rows.longest
         try:
+            group = pipeline.connect_group(self.world, self.grid, self.device, config)
+            stage = family_of(config).model.Stage(config, self.weights, ops, longest, group)
             self.line = pipeline.connect(
                 self.world,
                 self.grid,
-                self.stage,
+                stage,
                 self.device,
                 self.batches,
                 self.config,
@@ -275,9 +298,11 @@ class Run:
         return RankReport(
             rank=self.world.rank,
             replica=self.grid.replica,
+            tensor_rank=self.grid.tensor_rank,
+            tensor_parallel=self.grid.tensor_parallel,
             layers=(self.layers.start, self.layers.stop),
             device=self.device.name,
-            bytes_read=self.checkpoint.bytes_read,
+            bytes_read=self.own_checkpoint.bytes_read,
             micro_batches=len(self.grid.share(self.batches)),
             busy=busy_seconds(spans) / max(seconds, 1e-9),
             place=self.device.place,
@@ -333,7 +358,7 @@ class Run:
         if len(suspects):
             choice = suspects[0]
             if self.world.size == 1:  # the whole model is here: find out which it was
-                found = first_broken(self.stage, questions.rows.rows, suspects)
+                found = first_broken(self.line.stage, questions.rows.rows, suspects)
                 choice = choice if found is None else found
             if self.journal is not None:
                 self.journal.remove()
@@ -368,6 +393,7 @@ class Run:
             "device": self.device.name,
             "replicas": self.grid.replicas,
             "stages": self.grid.stages,
+            "tensor_parallel": self.grid.tensor_parallel,
             "micro_batch_tokens": self.scores.micro_batch_tokens,
         }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cupyllama.bpe import BPE_FILES, is_bpe_file
+from cupyllama.checkpoint.metaseq_parts import model_directory
 from cupyllama.errors import ModelError
 from cupyllama.hf_tokenizer import HFTokenizer
 from cupyllama.tokenizer_files import added_token_ids, configured_flag, read_file
@@ -72,7 +73,7 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(model: Path, path: Path | None = None) -> Tokenizer:
-    """The tokenizer at `path`, a file or a directory, else the model directory's.
+    """The tokenizer at `path`, a file or a directory, else that beside the model's weights.
 
     A directory's is tokenizer.model, else tokenizer.json, else vocab.json with merges.txt (in
     Metaseq's releases gpt2-vocab.json with gpt2-merges.txt).
@@ -81,7 +82,7 @@ def load_tokenizer(model: Path, path: Path | None = None) -> Tokenizer:
         ModelError: there is none, or it cannot be read.
     """
     if path is None or os.path.isdir(path):
-        directory = model if path is None else path
+        directory = model_directory(model) if path is None else path
         candidates = [directory / n for n in ("tokenizer.model", "tokenizer.json", *BPE_FILES)]
         path = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
         if path is None:

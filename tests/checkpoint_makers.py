@@ -57,6 +57,13 @@ class Persistent:
 
 
 @dataclass
+class Pickled:
+    """What Python wrote as a pickle of protocol 2."""
+
+    data: bytes
+
+
+@dataclass
 class View:
     """A tensor as a view of a storage; offset and strides in elements."""
 
@@ -101,6 +108,8 @@ def _opcodes(value: Any) -> bytes:
     if isinstance(value, Call):
         called = _opcodes(value.function) + _opcodes(value.arguments) + b"R"
         return called if value.state is None else called + _opcodes(value.state) + b"b"
+    if isinstance(value, Pickled):  # without its head and its end; nothing else here has a memo
+        return value.data[2:-1]
     raise TypeError(type(value))
 
 

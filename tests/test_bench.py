@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cupyllama.bench import cases, gemm, kernels, load, measure, rows, score, shapes
+from cupyllama.bench import (
+    cases,
+    cases_llama,
+    cases_opt,
+    gemm,
+    kernels,
+    load,
+    measure,
+    rows,
+    score,
+    shapes,
+)
 from cupyllama.bench.measure import Ceilings
 from cupyllama.bench.table import as_table
 from cupyllama.checkpoint.fields import stage_fields
@@ -26,12 +37,14 @@ from cupyllama.parallel.devices import Device
 from cupyllama.quantized import Quantized
 
 TINY = (2, 96, 200, 4, 2, 331)  # heads of 24, two for each key-value head
+TINY_OPT = (2, 96, 200, 4, 331)
 CPU = Device("cpu", "a CPU", reference, place="here/cpu")
 
 
 @pytest.fixture(autouse=True)
 def tiny_shape(monkeypatch):
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(shapes.OPT_SHAPES, "tiny-opt", TINY_OPT)
 
 
 @pytest.fixture
@@ -132,6 +145,11 @@ def test_published_shapes():
     fields = stage_fields(biggest, range(80))
     parameters = sum(math.prod(field.shape) for _, field in fields)
     assert parameters == 65_285_660_672  # of huggyllama/llama-65b
+    thirty = shapes.model_config("opt-30b")
+    assert (thirty.head_dim, thirty.layer_parameters, thirty.bos_token_id) == (128, 616562688, 2)
+    fields = stage_fields(thirty, range(48))
+    parameters = sum(math.prod(field.shape) for _, field in fields)
+    assert parameters == 29_974_540_288  # of facebook/opt-30b
     with pytest.raises(UsageError, match="'llama-8b' is not known"):
         shapes.model_config("llama-8b")
 
@@ -139,17 +157,19 @@ def test_published_shapes():
 def test_bytes_and_flops_by_hand():
     # 10 rows of 8 numbers of 2 bytes, read and written
     assert cases.gather_work(10, 8, 2) == (10 * 4 + 10 * 16 + 10 * 16, 0)
-    assert cases.rmsnorm_work(10, 8, 2) == (160 + 160 + 16, 10 * 8 * 4)
+    assert cases_llama.rmsnorm_work(10, 8, 2) == (160 + 160 + 16, 10 * 8 * 4)
     # 6 pairs a row: 4 products and 2 sums each
-    assert cases.rope_work(10, 12, 2) == (10 * 4 + 240 + 240, 10 * 6 * 6)
+    assert cases_llama.rope_work(10, 12, 2) == (10 * 4 + 240 + 240, 10 * 6 * 6)
     # 16 numbers in and 8 out
     assert cases.linear_work(10, 16, 4, 8, 2) == (2 * (40 + 64 + 80), 2 * 640)
-    assert cases.swiglu_work(10, 8, 2) == (320 + 160, 10 * 8 * 4)
-    assert cases.bias_work(10, 8, 4) == (320 + 320 + 32, 80)
+    assert cases_llama.swiglu_work(10, 8, 2) == (320 + 160, 10 * 8 * 4)
+    assert cases_opt.add_work(10, 8, 4) == (320 + 320 + 320, 80)
+    assert cases_opt.layernorm_work(10, 8, 2) == (160 + 160 + 16 + 16, 10 * 8 * 7)
     # a byte an element and 4 a row out, a comparison and a product more
     assert cases.quantize_work(10, 8, 2) == (160 + 80 + 40, 160)
-    assert cases.rmsnorm_work(10, 8, 2, True) == (160 + 16 + 80 + 40, 10 * 8 * 6)
-    assert cases.swiglu_work(10, 8, 2, True) == (320 + 80 + 40, 10 * 8 * 6)
+    assert cases_llama.rmsnorm_work(10, 8, 2, True) == (160 + 16 + 80 + 40, 10 * 8 * 6)
+    assert cases_llama.swiglu_work(10, 8, 2, True) == (320 + 80 + 40, 10 * 8 * 6)
+    assert cases_opt.layernorm_work(10, 8, 2, True) == (160 + 32 + 80 + 40, 10 * 8 * 9)
     # 3 rows of 100 logits and 4 starts in, 5 targets in, 10 numbers out, 4 bytes each
     assert cases.log_probs_work(3, 100, 5) == (1200 + 16 + 20 + 40, 1200)
 
@@ -184,6 +204,25 @@ def test_products_of_llama_7b():
     after = 2 * 96 * (96 + 400 + 200)  # attention, in a layer
     expected = fed * 2 * (2 * 96 * 192) + (fed + wanted) * after + wanted * 2 * 96 * 331
     assert score.evaluation_flops(tiny, batches) == expected
+    other = 2 * 96 * (96 + 200 + 200)
+    expected = fed * 2 * (2 * 96 * 288) + (fed + wanted) * other + wanted * 2 * 96 * 331
+    assert score.evaluation_flops(shapes.model_config("tiny-opt"), batches) == expected
+
+
+def test_products_of_opt():
+    config = shapes.model_config("opt-30b")
+    assert gemm.all_products(config) == {
+        "qkv_proj": (21504, 7168),
+        "out_proj": (7168, 7168),
+        "fc1": (28672, 7168),
+        "fc2": (7168, 28672),
+        "lm_head": (50272, 7168),
+    }
+    for layers in (1, 3):  # of which the last may be the first
+        small = dataclasses.replace(config, num_hidden_layers=layers, word_embed_proj_dim=512)
+        for tied in (True, False):
+            found = gemm.head_products(dataclasses.replace(small, tie_word_embeddings=tied))
+            assert found == {"project_out": (512, 7168), "lm_head": (50272, 512)}
 
 
 def test_the_ceiling_is_the_nearer_one():
@@ -195,23 +234,29 @@ def test_the_ceiling_is_the_nearer_one():
     assert (found["of_ceiling"], found["bytes_per_second"], found["tflops"]) == (0.5, 12.5, 5e-10)
 
 
-EACH = [each for each in cases.EACH if each is not cases.bias]  # a launch of the device's alone
-ALL = [*EACH, *cases.EIGHT_BIT]
+def case_of(shape, each):
+    return pytest.param(shape, each, id=f"{shape} {case_name(each)}")
 
 
-def setting(ops, dtype="float16", tokens=300):
-    config = shapes.model_config("tiny")
+ALL = [
+    case_of(shape, each)
+    for shape, family in (("tiny", "llama"), ("tiny-opt", "opt"))
+    for each in (*kernels.EACH[family], *kernels.EIGHT_BIT[family])
+]
+
+
+def setting(ops, shape, dtype="float16", tokens=300):
     batch = plan(rows.hellaswag_like_rows(9, 331).rows, tokens, reference)[0]
-    return cases.Setting(config, np.dtype(dtype), ops, batch)
+    return cases.Setting(shapes.model_config(shape), np.dtype(dtype), ops, batch)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("each", ALL, ids=case_name)
-def test_right_kernels_pass(on_the_host, each, dtype):
-    case = each(setting(reference, dtype))
+@pytest.mark.parametrize("shape, each", ALL)
+def test_right_kernels_pass(on_the_host, shape, each, dtype):
+    case = each(setting(reference, shape, dtype))
     case.check()
     assert case.work.nbytes > 0
-    assert each(setting(reference, dtype)).launch() is not None
+    assert each(setting(reference, shape, dtype)).launch() is not None
 
 
 def wrong_gather(ids, table):
@@ -255,9 +300,29 @@ def wrong_linear_rope(x, weight, bias, positions, *rest):
     return reference.linear_rope(x, weight, bias, positions // 2, *rest)
 
 
+def wrong_layernorm(x, weight, bias, eps, quantized=False):
+    return reference.layernorm(x, weight, bias * x.dtype.type(0.98), eps, quantized)
+
+
+def wrong_add(x, y):
+    return reference.add(x, np.roll(y, 1, axis=0))
+
+
+def wrong_linear(x, weight, bias, residual):
+    return reference.linear(x, weight, None, residual)
+
+
+def wrong_linear_relu(x, weight, bias):
+    return reference.linear(x, weight, bias)
+
+
 def wrong_log_probs(logits, start, token, out):
     reference.log_probs(logits, start, token, out)
     out[1, 0] = 1 - out[1, 0]
+
+
+def wrong_dequantize(matrix, dtype):
+    return reference.dequantize(Quantized(matrix.values, 1.01 * matrix.scale), dtype)
 
 
 def nan_swiglu(gate_up, quantized=False):
@@ -279,14 +344,20 @@ def nan_swiglu(gate_up, quantized=False):
         ("linear_rope", wrong_linear_rope),
         ("log_probs", wrong_log_probs),
         ("quantize", wrong_quantize),
+        ("dequantize", wrong_dequantize),
         ("rmsnorm, fp8", wrong_rmsnorm),
         ("swiglu, fp8", wrong_swiglu),
+        ("layernorm", wrong_layernorm),
+        ("layernorm, fp8", wrong_layernorm),
+        ("add", wrong_add),
+        ("linear", wrong_linear),
+        ("linear_relu", wrong_linear_relu),
     ],
 )
 def test_wrong_kernels_are_named(on_the_host, name, wrong):
-    (each,) = (each for each in ALL if case_name(each) == name)
+    shape, each = next(param.values for param in ALL if case_name(param.values[1]) == name)
     operation = name.removesuffix(", fp8")
-    case = each(setting(SimpleNamespace(**vars(reference) | {operation: wrong})))
+    case = each(setting(SimpleNamespace(**vars(reference) | {operation: wrong}), shape))
     with pytest.raises(CupyllamaError, match=f"^{name}.* is wrong"):
         case.check()
 
@@ -323,6 +394,53 @@ def test_the_breakdown_tells_operations_apart(on_the_host, monkeypatch):
     ends |= dict.fromkeys([*after, *head], chunks) | {"gather": 2 * chunks}
     assert chunks == 2 and spent["rest"] == ends
     assert spent["seconds"] == 2 * (7 + 4 + (4 + 2 + 3) * chunks) + 1
+
+
+def test_the_breakdown_of_opt(on_the_host, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(score, "mark", lambda: next(ticks))
+    monkeypatch.setattr(score, "seconds_between", lambda begin, end: float(end - begin))
+    config = shapes.model_config("tiny-opt")
+    batch = plan(rows.hellaswag_like_rows(1, 331).rows, 300, reference)[0]
+    stage = shapes.random_stage(config, np.dtype(np.float32), reference, 300)
+    spent = score.breakdown(stage, batch)
+    inside = ["layernorm self_attn_layer_norm", "linear qkv_proj", "attention"]
+    after = ["linear out_proj", "layernorm final_layer_norm", "linear_relu fc1", "linear fc2"]
+    assert spent["layer"] == dict.fromkeys([*inside, *after], 1.0)
+    ends = ["gather embed_tokens", "add", "linear lm_head", "log_probs"]
+    expected = dict.fromkeys([*inside, *after, *ends], 1.0)
+    expected |= {"layernorm final_layer_norm": 2, "gather": 3}  # positions, and rows wanted
+    assert spent["rest"] == expected
+    assert stage.ops is reference and "mix" not in vars(stage)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-opt"])
+def test_random_layers_are_the_same_in_every_stage(on_the_host, shape):
+    config = shapes.model_config(shape)
+
+    def stage(layers=None, quantize=None):
+        arguments = (config, np.dtype(np.float32), reference, 300, layers, quantize)
+        return shapes.random_stage(*arguments).weights
+
+    everything, last = stage(), stage(range(1, 2))
+    assert last.embed_tokens is None
+    np.testing.assert_array_equal(last.lm_head, everything.lm_head)
+    seen = []
+    for name, array in vars(last.layers[0]).items():
+        if array is None:
+            continue
+        np.testing.assert_array_equal(array, getattr(everything.layers[1], name))
+        if name.endswith(("norm", "layernorm")):
+            assert (array == 1).all()
+        else:
+            assert array.std() == pytest.approx(0.02, rel=0.2)
+            others = (array, getattr(everything.layers[0], name), everything.embed_tokens)
+            seen += [other.ravel()[:8].tobytes() for other in others[: 2 if seen else 3]]
+    assert len(set(seen)) == len(seen)  # every array has numbers of its own
+    tied = config.tie_word_embeddings
+    assert np.array_equal(everything.lm_head, everything.embed_tokens) == tied
+    for name, array in vars(stage(quantize="fp8").layers[0]).items():
+        assert isinstance(array, Quantized) == (name in gemm.layer_products(config)), name
 
 
 def test_tables_are_aligned():
@@ -484,7 +602,7 @@ def test_no_gpu(without_gpu, command):
 def test_unknown_shapes(command):
     result = CliRunner().invoke(cli, ["bench", command, "--shape", "llama-8b"])
     assert result.exit_code == 2 and "'llama-8b' is not known" in result.stderr
-    assert "llama-65b" in result.stderr
+    assert "llama-65b" in result.stderr and "opt-66b" in result.stderr
 
 
 def test_several_ranks_are_refused(monkeypatch):
@@ -498,7 +616,6 @@ def test_several_ranks_are_refused(monkeypatch):
 def pretended_gpu(monkeypatch, on_the_host):
     """`reference` in place of the device, and a watch that says a millisecond."""
     monkeypatch.setattr(measure, "choose_device", lambda kind: (CPU, ""))
-    monkeypatch.setattr(kernels, "EACH", EACH)
     monkeypatch.setattr(kernels, "layer_rate", lambda config, dtype, tokens: 7e14)
     monkeypatch.setattr(kernels, "copy_rate", lambda: 3e12)
     watch = SimpleNamespace(seconds=lambda launch: 1e-3 if launch() is not None else 1e-3)
@@ -511,21 +628,32 @@ def pretended_gpu(monkeypatch, on_the_host):
     monkeypatch.setattr(gemm, "ways", lambda dtype: {"gemm": product, "gemmEx": product})
 
 
-def test_kernels_from_end_to_end(pretended_gpu, tmp_path):
-    arguments = ["--shape", "tiny", "--micro-batch-tokens", 2048, "--json", tmp_path / "out.json"]
+@pytest.mark.parametrize(
+    "shape, names",
+    [
+        (
+            "tiny",
+            ["gather", "rmsnorm", "linear_rope", "attention", "linear_swiglu", "log_probs"]
+            + ["rope", "swiglu", "dequantize"],
+        ),
+        (
+            "tiny-opt",
+            ["gather", "add", "layernorm", "attention", "linear_relu", "linear", "log_probs"]
+            + ["dequantize"],
+        ),
+    ],
+)
+def test_kernels_from_end_to_end(pretended_gpu, tmp_path, shape, names):
+    arguments = ["--shape", shape, "--micro-batch-tokens", 2048, "--json", tmp_path / "out.json"]
     result = CliRunner().invoke(cli, ["bench", "kernels", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out.json").read_text())
     assert {"bench", "date", "gpu", "versions", "dtype", "runs"} <= set(found)
-    assert [run["kernel"] for run in found["runs"]] == [
-        *("gather", "rmsnorm", "linear_rope", "attention", "linear_swiglu", "log_probs"),
-        *("rope", "swiglu"),
-        "attention, few-shot",
-    ]
+    assert [run["kernel"] for run in found["runs"]] == [*names, "attention, few-shot"]
     short, long = found["runs"][3], found["runs"][-1]
     assert long["flops"] > 5 * short["flops"] > 0
     assert all(run["seconds"] == 1e-3 and run["of_ceiling"] > 0 for run in found["runs"])
-    assert len(result.stdout.splitlines()) == 2 + 9
+    assert len(result.stdout.splitlines()) == 2 + len(found["runs"])
 
 
 def test_a_wrong_kernel_ends_the_command(pretended_gpu, monkeypatch):
@@ -574,13 +702,15 @@ def test_plots_are_named_for_what_they_are(pretended_gpu, tmp_path):
     assert result.exit_code == 2 and ".png" in result.stderr
 
 
-def test_written_checkpoints_are_read(tmp_path):
-    config = shapes.model_config("tiny")
+@pytest.mark.parametrize("shape", ["tiny", "tiny-opt"])
+def test_written_checkpoints_are_read(tmp_path, shape):
+    config = shapes.model_config(shape)
     load.write_checkpoint(tmp_path, config, np.dtype(np.float16))
     checkpoint = open_checkpoint(tmp_path)
     weights = load.load_stage(checkpoint, config, range(2), np.dtype(np.float16), reference)
-    assert np.isfinite(weights.layers[1].gate_up_proj).all()
-    assert weights.layers[0].o_proj.std() > 0
+    for name in gemm.layer_products(config):
+        matrix = getattr(weights.layers[1], name)
+        assert np.isfinite(matrix).all() and matrix.std() > 0
     with pytest.raises(OutputError, match="cannot be written"):
         load.write_checkpoint(tmp_path / "none", config, np.dtype(np.float16))
 

@@ -8,7 +8,7 @@ from checkpoint_makers import interleave, open_stage, write_meta_model, write_to
 from engine import question_rows, score_rows
 from tiny_models import TINY_MODELS, tiny_tensors, write_tiny_model
 
-from cupyllama.checkpoint.meta import JoinedTensor
+from cupyllama.checkpoint.joined import JoinedTensor
 from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.config import load_config
 from cupyllama.config_llama import RopeScaling
@@ -51,7 +51,7 @@ def test_it_scores_as_hugging_faces_form_bit_for_bit(parts, axis, tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_every_range_of_rows_is_right(parts, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr("cupyllama.checkpoint.meta._BLOCK_BYTES", 3000)
+    monkeypatch.setattr("cupyllama.checkpoint.joined._BLOCK_BYTES", 3000)
     checkpoint = open_checkpoint(meta("llama1", tmp_path, parts, dtype=dtype))
     expected = {key: values.astype(dtype) for key, values in tiny_tensors("llama1").items()}
     assert set(checkpoint.tensors) == set(expected)

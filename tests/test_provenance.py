@@ -60,6 +60,21 @@ def test_files_digests_are_their_sha256(folder):
         assert found[name] == hashlib.sha256((folder / path).read_bytes()).hexdigest()
 
 
+def test_both_files_of_a_bpe_count(folder):
+    model = folder / "model"
+    for prefix in ("", "gpt2-"):
+        names = [f"{prefix}vocab.json", f"{prefix}merges.txt"]
+        for name in names:
+            (model / name).write_text(name)
+        checkpoint, config = open_checkpoint(model), load_config(model)
+        found = {digests(checkpoint, config, model / name, "x")["tokenizer"] for name in names}
+        assert found == {hashlib.sha256("".join(names).encode()).hexdigest()}
+        for name in names:
+            (model / name).write_text("other")
+            found.add(digests(checkpoint, config, model / name, "x")["tokenizer"])
+        assert len(found) == 3
+
+
 def test_a_digest_changes_with_what_it_is_of(folder):
     before = taken(folder)
     assert taken(folder) == before

@@ -1,4 +1,4 @@
-"""fp8 weights: the definition, the same bits however they come about, and every refusal."""
+"""8-bit weights: the same bits however they come about, the definition of fp8, every refusal."""
 
 import json
 import os
@@ -7,12 +7,14 @@ import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
+import e4m3_truth
+import int8_truth
 import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_makers import write_pytorch_model
 from click.testing import CliRunner
-from e4m3_truth import MIDDLES, NUMBERS, nearest, quantized
+from e4m3_truth import MIDDLES, NUMBERS, nearest
 from safetensors.numpy import load_file, save_file
 from test_loading import DTYPES, PIECES, Derived, naive
 from test_shard import meta_model
@@ -20,7 +22,8 @@ from tiny_models import write_tiny_model
 from tiny_tokenizer import write_tokenizer
 
 from cupyllama.background import BackgroundLoad
-from cupyllama.checkpoint.e4m3 import e4m3_bits, quantize_rows
+from cupyllama.checkpoint.e4m3 import e4m3_bits
+from cupyllama.checkpoint.eight_bit import quantize_rows
 from cupyllama.checkpoint.fields import SCALE, matrix_shapes, stage_bytes, stage_fields
 from cupyllama.checkpoint.llama import LLAMA_NAMES
 from cupyllama.checkpoint.quantization import check_device, choose_quantization
@@ -38,6 +41,9 @@ from cupyllama.quantized import Quantized
 
 ATTENTION = "model.layers.0.self_attn."
 MATRICES = LLAMA_NAMES.matrices
+TRUTHS = {"fp8": e4m3_truth.quantized, "int8": int8_truth.quantized}
+
+every_kind = pytest.mark.parametrize("quantize", list(TRUTHS))
 
 
 def run(model, output, stages=1, **options):
@@ -72,7 +78,7 @@ def write_strange_model(directory, name="attention_bias", dtype="float32"):
     return directory
 
 
-def truth(directory, layers, dtype=np.float32):
+def truth(directory, layers, dtype=np.float32, quantize="fp8"):
     """The arrays of a stage by (layer, name): matrices from each stored tensor by itself."""
     checkpoint, config = SafetensorsCheckpoint(directory), load_config(directory)
     arrays = naive(checkpoint, config, layers, dtype)
@@ -82,7 +88,7 @@ def truth(directory, layers, dtype=np.float32):
             for name, shape in zip(field.parts, field.shapes, strict=True):
                 stored = np.empty(shape, DTYPES[config.dtype])
                 checkpoint.read_into(name, stored)
-                parts.append(quantized(stored))
+                parts.append(TRUTHS[quantize](stored))
             values, scales = map(np.concatenate, zip(*parts, strict=True))
             arrays[layer, field.name] = Quantized(values, scales)
     return arrays
@@ -133,8 +139,9 @@ def test_every_upper_half_and_what_lies_beside_every_middle():
     np.testing.assert_array_equal(e4m3_bits(x), nearest(x))
 
 
+@every_kind
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_those_of_the_reference_and_of_the_truth(dtype):
+def test_rows_are_those_of_the_reference_and_of_the_truth(dtype, quantize):
     rng = np.random.default_rng(1)
     for shape in [(1, 1), (3, 16), (70, 48), (2, 70_000), (0, 16), (700, 176)]:
         x = rng.standard_normal(shape) * np.exp(
@@ -143,11 +150,12 @@ def test_rows_are_those_of_the_reference_and_of_the_truth(dtype):
         x[rng.random(shape) < 0.01] = np.nan
         x[rng.random(shape) < 0.1] = 0
         x = x.astype(DTYPES[dtype])
-        found, expected = quantize_rows(x), reference.quantize(x)
+        found, expected = (f(x, kind=quantize) for f in (quantize_rows, reference.quantize))
+        assert found.kind == expected.kind == quantize
         assert found.values.tobytes() == expected.values.tobytes()
         assert found.scale.tobytes() == expected.scale.tobytes()
         if x.size < 5000:
-            values, scale = quantized(x)
+            values, scale = TRUTHS[quantize](x)
             assert found.values.tobytes() == values.tobytes()
             assert found.scale.tobytes() == scale.tobytes()
 
@@ -158,19 +166,22 @@ def test_rows_are_those_of_the_reference_and_of_the_truth(dtype):
 @pytest.mark.parametrize("piece_bytes", PIECES[1:])
 @pytest.mark.parametrize("kind", [SafetensorsCheckpoint, Derived])
 @pytest.mark.parametrize("saved", DTYPES)
-def test_strange_rows_cut_anywhere(saved, kind, piece_bytes, tmp_path):
+@every_kind
+def test_strange_rows_cut_anywhere(quantize, saved, kind, piece_bytes, tmp_path):
     directory = write_strange_model(tmp_path, dtype=saved)
-    cut = {"threads": 3, "piece_bytes": piece_bytes, "kind": kind}
+    cut = {"threads": 3, "piece_bytes": piece_bytes, "kind": kind, "quantize": quantize}
     for layers in (range(3), range(1, 2)):
-        expected = truth(directory, layers)
+        expected = truth(directory, layers, quantize=quantize)
         assert_same(load(directory, layers, **cut), expected, layers)
 
 
-def test_the_dtype_of_the_rest_changes_no_matrix(tmp_path):
+@every_kind
+def test_the_dtype_of_the_rest_changes_no_matrix(quantize, tmp_path):
     directory = write_strange_model(tmp_path, dtype="bfloat16")
     for dtype in DTYPES.values():
         layers = range(3)
-        assert_same(load(directory, layers, dtype), truth(directory, layers, dtype), layers)
+        weights = load(directory, layers, dtype, quantize=quantize)
+        assert_same(weights, truth(directory, layers, dtype, quantize), layers)
 
 
 def test_one_element_at_a_time_in_many_threads(tmp_path):
@@ -180,26 +191,28 @@ def test_one_element_at_a_time_in_many_threads(tmp_path):
     assert_same(weights, truth(directory, layers, np.float16), layers)
 
 
-def test_bytes_are_those_of_what_is_there(tmp_path):
+@every_kind
+def test_bytes_are_those_of_what_is_there(quantize, tmp_path):
     directory, told = write_tiny_model("gqa", tmp_path, dtype="float16"), []
     config, half = load_config(directory), np.dtype(np.float16)
     # q k v of 64 · (8 + 2 + 2) rows of 128, o of 128 rows of 512, gate and up of 2 · 256 rows of
     # 128, down of 128 rows of 256, with 4 bytes a row; two norms of 128.
     matrices = 768 * (128 + 4) + 128 * (512 + 4) + 512 * (128 + 4) + 128 * (256 + 4)
     ends = 2 * (2 * 320 * 128 + 128)
-    assert stage_bytes(config, range(2), half, "fp8") == 2 * (matrices + 2 * 2 * 128) + ends
-    load(directory, dtype=half, told=told, piece_bytes=5000)
-    assert sum(told) == stage_bytes(config, range(2), half, "fp8")
-    run(directory, tmp_path / "out", 2, quantize="fp8")
+    nbytes = stage_bytes(config, range(2), half, quantize)
+    assert nbytes == 2 * (matrices + 2 * 2 * 128) + ends
+    load(directory, dtype=half, told=told, piece_bytes=5000, quantize=quantize)
+    assert sum(told) == nbytes
+    run(directory, tmp_path / "out", 2, quantize=quantize)
     told.clear()
     checkpoint = open_checkpoint(tmp_path / "out")
-    load(tmp_path / "out", range(2), half, lambda _: checkpoint, told)
-    assert sum(told) == checkpoint.bytes_read == stage_bytes(config, range(2), half, "fp8")
-    message = f"take {stage_bytes(config, range(2), half, 'fp8') / 1e9:.1f} GB in float16 and fp8"
+    load(tmp_path / "out", range(2), half, lambda _: checkpoint, told, quantize=quantize)
+    assert sum(told) == checkpoint.bytes_read == nbytes
+    message = f"take {nbytes / 1e9:.1f} GB in float16 and {quantize}"
     device = replace(choose_device("cpu")[0])
     object.__setattr__(device, "free_bytes", lambda: 1000)
     with pytest.raises(DeviceError, match=message):
-        BackgroundLoad(checkpoint, config, range(2), "float16", device, False, "fp8")
+        BackgroundLoad(checkpoint, config, range(2), "float16", device, False, quantize)
 
 
 def wide_model(directory):
@@ -217,18 +230,20 @@ def wide_model(directory):
     return config
 
 
+@every_kind
 @pytest.mark.parametrize("how", ["load", "shard"])
-def test_memory_is_bounded(how, tmp_path):
+def test_memory_is_bounded(how, quantize, tmp_path):
     config = wide_model(tmp_path / "m")
-    run(tmp_path / "m", tmp_path / "warm", quantize="fp8")
-    stage = stage_bytes(config, range(6), np.dtype(np.float16), "fp8")
+    run(tmp_path / "m", tmp_path / "warm", quantize=quantize)
+    stage = stage_bytes(config, range(6), np.dtype(np.float16), quantize)
     tracemalloc.start()
     try:
         if how == "load":
-            load(tmp_path / "m", dtype=np.float16, threads=4, piece_bytes=20_000)
+            cut = {"threads": 4, "piece_bytes": 20_000}
+            load(tmp_path / "m", dtype=np.float16, quantize=quantize, **cut)
             least, most = stage, stage + (2 << 20)
         else:
-            run(tmp_path / "m", tmp_path / "out", quantize="fp8", chunk_bytes=20_000)
+            run(tmp_path / "m", tmp_path / "out", quantize=quantize, chunk_bytes=20_000)
             least, most = 0, (20 + 8 * os.cpu_count()) * 20_000 + (1 << 20)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -240,58 +255,61 @@ def test_memory_is_bounded(how, tmp_path):
 # --- sharded -------------------------------------------------------------------------------------
 
 
+@every_kind
 @pytest.mark.parametrize("saved", DTYPES)
-def test_shard_then_load_is_load(saved, tmp_path):
-    directory = write_strange_model(tmp_path / "m", dtype=saved)
-    expected = load(directory)
+def test_shard_then_load_is_load(saved, quantize, tmp_path):
+    directory, kind = write_strange_model(tmp_path / "m", dtype=saved), {"quantize": quantize}
+    expected = load(directory, **kind)
     for stages in (1, 2, 3):
         output = tmp_path / str(stages)
-        run(directory, output, stages, quantize="fp8", chunk_bytes=3000)
-        assert_equal(load(output), expected)
+        run(directory, output, stages, chunk_bytes=3000, **kind)
+        assert_equal(load(output, **kind), expected)
         for layers in [range(0, 1), range(1, 3), range(2, 3)]:
-            assert_equal(load(output, layers), load(directory, layers))
+            assert_equal(load(output, layers, **kind), load(directory, layers, **kind))
     run(tmp_path / "3", tmp_path / "again", 2)
-    assert_equal(load(tmp_path / "again"), expected)
-    run(tmp_path / "1", tmp_path / "asked", 2, quantize="fp8", dtype=saved)
-    assert_equal(load(tmp_path / "asked"), expected)
+    assert_equal(load(tmp_path / "again", **kind), expected)
+    run(tmp_path / "1", tmp_path / "asked", 2, dtype=saved, **kind)
+    assert_equal(load(tmp_path / "asked", **kind), expected)
     digests = {open_checkpoint(tmp_path / name).digest() for name in ("1", "2", "again", "asked")}
     assert len(digests) == 1
 
 
-def test_tied_pytorch_and_meta_sources(tmp_path):
+@every_kind
+def test_tied_pytorch_and_meta_sources(quantize, tmp_path):
     (tmp_path / "LLaMA").mkdir()
     for directory in (
         write_tiny_model("tied", tmp_path / "tied", dtype="float16"),
         write_pytorch_model("llama1", tmp_path / "pytorch"),
         meta_model(tmp_path / "LLaMA" / "7B"),
     ):
-        output = tmp_path / f"{directory.name}-fp8"
-        run(directory, output, 2, quantize="fp8", chunk_bytes=2000)
-        assert_equal(load(output), load(directory, piece_bytes=3000))
-    expected = load(write_tiny_model("llama1", tmp_path / "hf"))
-    assert_equal(load(tmp_path / "pytorch-fp8"), expected)
-    assert_equal(load(tmp_path / "7B-fp8"), expected)
+        output, kind = tmp_path / f"{directory.name}-out", {"quantize": quantize}
+        run(directory, output, 2, chunk_bytes=2000, **kind)
+        assert_equal(load(output, **kind), load(directory, piece_bytes=3000, **kind))
+    expected = load(write_tiny_model("llama1", tmp_path / "hf"), **kind)
+    assert_equal(load(tmp_path / "pytorch-out", **kind), expected)
+    assert_equal(load(tmp_path / "7B-out", **kind), expected)
 
 
-def test_the_files(tmp_path):
+@pytest.mark.parametrize(("quantize", "stored"), [("fp8", "F8_E4M3"), ("int8", "I8")])
+def test_the_files(quantize, stored, tmp_path):
     directory = write_tiny_model("gqa", tmp_path / "m", dtype="bfloat16")
     output = tmp_path / "out"
-    run(directory, output, quantize="fp8", dtype="float16")
+    run(directory, output, quantize=quantize, dtype="float16")
     manifest = json.loads((output / "manifest.json").read_text())
-    assert manifest["quantization"] == "fp8"
+    assert manifest["quantization"] == quantize
     config = load_config(output)
     arrays, _ = read_header(output / manifest["stages"][0]["file"])
     for name, shape in matrix_shapes(config).items():
         for layer in range(2):
             matrix, scale = (arrays[f"layers.{layer}.{name}{end}"] for end in ("", SCALE))
-            assert (matrix.dtype, matrix.shape) == ("F8_E4M3", shape)
+            assert (matrix.dtype, matrix.shape) == (stored, shape)
             assert (scale.dtype, scale.shape) == ("F32", shape[:1])
             pieces = manifest["stages"][0]["pieces"]
             assert pieces[matrix.name] == pieces[scale.name] != []
     rest = {a.dtype for n, a in arrays.items() if not any(m in n for m in MATRICES)}
     assert rest == {"F16"}
     tensors = open_checkpoint(output).tensors
-    assert tensors[ATTENTION + "k_proj.weight"].dtype == "F8_E4M3"
+    assert tensors[ATTENTION + "k_proj.weight"].dtype == stored
     scale = tensors[ATTENTION + "k_proj.weight_scale"]
     assert (scale.dtype, scale.shape) == ("F32", (128,))
     plain = json.loads((run(directory, tmp_path / "p").output / "manifest.json").read_text())
@@ -334,12 +352,14 @@ def test_what_was_chosen(fp8):
     config = load_config(fp8 / "m")
     for asked, stored, chosen in [
         *(("auto", "m", None), ("none", "m", None), ("fp8", "m", "fp8")),
-        *(("auto", "out", "fp8"), ("fp8", "out", "fp8")),
+        *(("auto", "out", "fp8"), ("fp8", "out", "fp8"), ("int8", "m", "int8")),
     ]:
         assert choose_quantization(asked, fp8 / stored, config) == chosen
     with pytest.raises(UsageError, match="--quantize none: .*out are fp8") as error:
         choose_quantization("none", fp8 / "out", config)
     assert "--quantize auto" in error.value.hint
+    with pytest.raises(UsageError, match="--quantize int8: .*out are fp8"):
+        choose_quantization("int8", fp8 / "out", config)
     with pytest.raises(ModelError, match="fp8 already"):
         load(fp8 / "out", quantize=None)
 
@@ -353,8 +373,9 @@ def test_sizes_that_do_not_go(tmp_path):
             directory,
             replace(config, hidden_size=136, intermediate_size=264, num_attention_heads=2),
         )
-    assert "leave --quantize out" in error.value.hint
-    assert choose_quantization("none", directory, replace(config, hidden_size=136)) is None
+    assert "Give --quantize int8" in error.value.hint
+    for asked, chosen in (("none", None), ("int8", "int8")):
+        assert choose_quantization(asked, directory, replace(config, hidden_size=136)) == chosen
     with pytest.raises(ModelError, match="down_proj is 128 × 264"):
         choose_quantization("fp8", directory, replace(config, intermediate_size=264))
 
@@ -366,8 +387,9 @@ def test_gpus_without_fp8():
             DeviceError, match=f"A100 has no fp8: .*{capability / 10}, and 8.9"
         ) as e:
             check_device("fp8", device)
-        assert "--quantize none" in e.value.hint
-        check_device(None, device)
+        assert "--quantize int8 or none" in e.value.hint
+        for quantize in (None, "int8"):
+            check_device(quantize, device)
     for device in (Device("cuda", "L4", reference, 89), Device("cpu", "x", reference)):
         check_device("fp8", device)
 
@@ -384,7 +406,7 @@ def test_broken_quantized_directories(fp8, tmp_path):
     folder = shutil.copytree(fp8 / "out", tmp_path / "w")
     manifest = json.loads((folder / "manifest.json").read_text())
     for broken, message in [
-        ({"quantization": "int3"}, "quantization 'int3'; this cupyllama reads fp8"),
+        ({"quantization": "int3"}, "quantization 'int3'; this cupyllama reads fp8, int8"),
         ({"quantization": None}, "scale is not an array of this stage"),
     ]:
         (folder / "manifest.json").write_text(json.dumps(manifest | broken))
@@ -418,48 +440,51 @@ def answers(path):
     return [json.loads(line)["loglikelihoods"] for line in path.read_text().splitlines()]
 
 
-def test_the_demo_in_fp8(tmp_path):
-    for quantize in ("none", "fp8"):
+@pytest.mark.parametrize(("quantize", "most"), [("fp8", 0.1), ("int8", 0.01)])
+def test_the_demo_in_eight_bits(quantize, most, tmp_path):
+    for asked in ("none", quantize):
         result = score(
-            *("--demo", "--quantize", quantize, "--samples", tmp_path / quantize),
-            *("--output", tmp_path / f"{quantize}.json"),
+            *("--demo", "--quantize", asked, "--samples", tmp_path / asked),
+            *("--output", tmp_path / f"{asked}.json"),
         )
         assert result.exit_code == 0, result.output
-        assert ("float32 and fp8 on" in result.stdout) == (quantize == "fp8")
-        assert json.loads((tmp_path / f"{quantize}.json").read_text())["config"]["quantize"] == (
-            quantize
-        )
-    plain, fp8 = (np.concatenate(answers(tmp_path / name)) for name in ("none", "fp8"))
-    difference = np.abs(plain - fp8).max()
-    assert 0 < difference < 0.1 * np.abs(plain).max()
+        assert (f"float32 and {quantize} on" in result.stdout) == (asked == quantize)
+        config = json.loads((tmp_path / f"{asked}.json").read_text())["config"]
+        assert config["quantize"] == asked
+    plain, found = (np.concatenate(answers(tmp_path / name)) for name in ("none", quantize))
+    difference = np.abs(plain - found).max()
+    assert 0 < difference < most * np.abs(plain).max()
 
 
-def test_sharded_or_not_the_answers_are_the_same(tmp_path, monkeypatch):
+@every_kind
+def test_sharded_or_not_the_answers_are_the_same(quantize, tmp_path, monkeypatch):
     from cupyllama.tasks.files import demo_directory
 
     data = ("--data", demo_directory() / "questions.jsonl")
-    sharding = ["shard", "--model", demo_directory(), "--output", tmp_path / "fp8", "--stages", 2]
-    result = CliRunner().invoke(cli, [*map(str, sharding), "--quantize", "fp8", "--quiet"])
+    out, demo = tmp_path / "out", demo_directory()
+    sharding = ["shard", "--model", demo, "--output", out, "--stages", 2, "--quiet"]
+    result = CliRunner().invoke(cli, [*map(str, sharding), "--quantize", quantize])
     assert result.exit_code == 0, result.output
-    made = score("--demo", "--quantize", "fp8", "--samples", tmp_path / "made")
-    stored = score("--model", tmp_path / "fp8", *data, "--samples", tmp_path / "stored")
+    made = score("--demo", "--quantize", quantize, "--samples", tmp_path / "made")
+    stored = score("--model", out, *data, "--samples", tmp_path / "stored")
     assert made.exit_code == stored.exit_code == 0, stored.output
     assert answers(tmp_path / "made") == answers(tmp_path / "stored")
-    result = score("--model", tmp_path / "fp8", *data, "--quantize", "none")
+    result = score("--model", out, *data, "--quantize", "none")
     assert result.exit_code == 2 and "nothing undoes" in result.stderr
     told = []
     monkeypatch.setattr("cupyllama.plan.stage_bytes", lambda *a: told.append(a[-1]) or 10**9)
-    assert "1.00 GB of weights" in score("--model", tmp_path / "fp8", *data, "--dry-run").stdout
-    for quantize in ("fp8", "none"):
-        assert score("--demo", "--dry-run", "--quantize", quantize).exit_code == 0
-    assert told == ["fp8", "fp8", None]
+    assert "1.00 GB of weights" in score("--model", out, *data, "--dry-run").stdout
+    for asked in (quantize, "none"):
+        assert score("--demo", "--dry-run", "--quantize", asked).exit_code == 0
+    assert told == [quantize, quantize, None]
 
 
-def test_answers_of_another_setting_are_not_taken_up(tmp_path, monkeypatch):
+@every_kind
+def test_answers_of_another_setting_are_not_taken_up(quantize, tmp_path, monkeypatch):
     samples = ("--samples", tmp_path / "s.jsonl")
     monkeypatch.setattr(Journal, "remove", Journal.close)  # as if it had been killed
-    assert score("--demo", "--quantize", "fp8", *samples).exit_code == 0
+    assert score("--demo", "--quantize", quantize, *samples).exit_code == 0
     result = score("--demo", *samples, "--resume")
     assert result.exit_code == 2
-    assert "quantize was 'fp8' and is 'none'" in result.stderr
-    assert score("--demo", "--quantize", "fp8", *samples, "--resume").exit_code == 0
+    assert f"quantize was '{quantize}' and is 'none'" in result.stderr
+    assert score("--demo", "--quantize", quantize, *samples, "--resume").exit_code == 0

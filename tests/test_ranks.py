@@ -236,7 +236,9 @@ def test_layers_per_stage(tiny, tmp_path):
     assert [rank["layers"] for rank in ranks] == [[0, 1], [1, 3]]
 
 
-@pytest.mark.parametrize(("name", "quantize"), [("opt", "fp8"), ("opt_350m", "none")])
+@pytest.mark.parametrize(
+    ("name", "quantize"), [("opt", "fp8"), ("opt_350m", "none"), ("opt_350m", "int8")]
+)
 def test_opt_has_the_same_bits_on_several_ranks(name, quantize, tmp_path):
     model = write_tiny_model(name, tmp_path / "model")
     write_tokenizer(model, TINY_MODELS[name]["vocab_size"])

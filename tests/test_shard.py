@@ -488,7 +488,7 @@ def test_the_command_line(folder):
     stages = json.loads((folder / "new" / "manifest.json").read_text())["stages"]
     assert [stage["layers"] for stage in stages] == [[0, 2], [2, 3]]
     for arguments, part in (
-        (["--tensor-parallel", "2"], "--tensor-parallel 2 is not supported yet"),
+        (["--tensor-parallel", "3"], "3 ranks cannot share 4 attention heads evenly"),
         (["--layers-per-stage", "2,2,2"], "does not share 3 layers among 3 stages"),
         (["--layers-per-stage", "2,x"], "is no list of positive numbers"),
         (["--dtype", "int8"], "int8"),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from test_loading import DTYPES, Derived, check_load
-from test_quantization import assert_same, truth, write_strange_model
+from test_quantization import assert_same, every_kind, truth, write_strange_model
 from tiny_models import write_tiny_model
 
 from cupyllama import loading
@@ -145,8 +145,9 @@ def test_any_cut(buffers, threads, piece_bytes, driver, tmp_path):
 @pytest.mark.parametrize("kind", [SafetensorsCheckpoint, Derived])
 @pytest.mark.parametrize(("threads", "piece_bytes"), [(1, 5001), (5, 1002), (4, 1 << 20)])
 @pytest.mark.parametrize("haste", [False, True])
+@every_kind
 def test_rows_quantized_on_the_way(
-    haste, threads, piece_bytes, kind, buffers, driver, tmp_path, monkeypatch
+    quantize, haste, threads, piece_bytes, kind, buffers, driver, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(Stream, "haste", haste)
     directory = write_strange_model(tmp_path, dtype="float16")
@@ -156,9 +157,9 @@ def test_rows_quantized_on_the_way(
         threads=threads,
         piece_bytes=piece_bytes,
         buffers=buffers,
-        quantize="fp8",
+        quantize=quantize,
     )
-    assert_same(weights, truth(directory, layers), layers)
+    assert_same(weights, truth(directory, layers, quantize=quantize), layers)
 
 
 def test_device_memory_is_that_of_the_stage_and_a_chunk_a_thread(driver, tmp_path, monkeypatch):

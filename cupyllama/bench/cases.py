@@ -1,5 +1,9 @@
-"""Every kernel as a bench sees it: how it is launched, checked, and what it cannot do without."""
+"""Kernels as a bench sees them: how each is launched, checked, and what it cannot do without.
 
+Here are those of all families.
+"""
+
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,15 +14,15 @@ import numpy as np
 
 from cupyllama.bench.measure import Launch, check, on_host
 from cupyllama.bench.shapes import WEIGHT_DEVIATION, random_array
+from cupyllama.checkpoint.fields import matrix_shapes
 from cupyllama.config import ModelConfig
-from cupyllama.model.rope import rope_tables
 from cupyllama.ops import reference
 from cupyllama.packing import MicroBatch
 from cupyllama.quantized import Quantized
 
 CHECKED_ROWS = 64  # of each result
 CHECKED_SEGMENTS = 16  # of attention: NumPy takes a second for those with many heads and keys
-_INDEX = 4  # bytes of an int32 or a float32
+INDEX_BYTES = 4  # bytes of an int32 or a float32
 
 
 class Work(NamedTuple):
@@ -59,7 +63,7 @@ class Case:
 
 def gather_work(rows: int, columns: int, itemsize: int) -> Work:
     """A row's number read, the row read and written."""
-    return Work(rows * (_INDEX + 2 * columns * itemsize), 0)
+    return Work(rows * (INDEX_BYTES + 2 * columns * itemsize), 0)
 
 
 def gather(setting: Setting) -> Case:
@@ -69,8 +73,8 @@ def gather(setting: Setting) -> Case:
     launch = partial(ops.gather, ids, table)
 
     def checked() -> None:
-        some = _some(setting.tokens)
-        expected = np.stack([_host(table[row]) for row in setting.batch.token_ids[some]])
+        some = some_rows(setting.tokens)
+        expected = np.stack([host(table[row]) for row in setting.batch.token_ids[some]])
         check("gather", launch()[some], expected, setting.dtype)
 
     return Case("gather", launch, checked, gather_work(setting.tokens, hidden, table.itemsize))
@@ -78,7 +82,7 @@ def gather(setting: Setting) -> Case:
 
 def quantize_work(rows: int, columns: int, itemsize: int) -> Work:
     """A row read, a byte an element and a scale written; a comparison and a product."""
-    return Work(rows * (columns * (itemsize + 1) + _INDEX), 2 * rows * columns)
+    return Work(rows * (columns * (itemsize + 1) + INDEX_BYTES), 2 * rows * columns)
 
 
 def quantize(setting: Setting) -> Case:
@@ -87,58 +91,30 @@ def quantize(setting: Setting) -> Case:
     launch = partial(setting.ops.quantize, x)
 
     def checked() -> None:
-        some = _some(setting.tokens)
-        _check_rows("quantize", launch(), some, reference.quantize(_host(x[some])), setting.dtype)
+        some = some_rows(setting.tokens)
+        check_rows("quantize", launch(), some, reference.quantize(host(x[some])), setting.dtype)
 
     return Case("quantize", launch, checked, quantize_work(setting.tokens, wide, x.itemsize))
 
 
-def rmsnorm_work(tokens: int, hidden: int, itemsize: int, quantized: bool = False) -> Work:
-    """A row read and written, the weight read; a square, a sum and two products an element."""
-    read, flops = (tokens + 1) * hidden * itemsize, 4 * tokens * hidden
-    return _written(Work(read, flops), tokens, hidden, itemsize, quantized)
+def dequantize_work(rows: int, columns: int, itemsize: int) -> Work:
+    """A byte an element and a scale read, a row written; a product an element."""
+    return Work(rows * (columns * (1 + itemsize) + INDEX_BYTES), rows * columns)
 
 
-def rmsnorm(setting: Setting, quantized: bool = False) -> Case:
-    name = "rmsnorm, fp8" if quantized else "rmsnorm"
-    hidden, eps = setting.config.hidden_size, setting.config.rms_norm_eps
-    x, weight = setting.values(setting.tokens, hidden), setting.values(hidden, seed=2)
-    launch = partial(setting.ops.rmsnorm, x, weight, eps, quantized)
-
-    def checked() -> None:
-        some = _some(setting.tokens)
-        expected = reference.rmsnorm(_host(x[some]), _host(weight), eps, quantized)
-        _check_rows(name, launch(), some, expected, setting.dtype)
-
-    work = rmsnorm_work(setting.tokens, hidden, x.itemsize, quantized)
-    return Case(name, launch, checked, work)
-
-
-def rope_work(tokens: int, rotated: int, itemsize: int) -> Work:
-    """The `rotated` elements of q and k read and written, a position read; tables stay in a cache.
-
-    Four products and two sums turn two elements.
-    """
-    return Work(tokens * (_INDEX + 2 * rotated * itemsize), 3 * tokens * rotated)
-
-
-def rope(setting: Setting) -> Case:
-    ops, config = setting.ops, setting.config
-    heads = (config.num_attention_heads, config.num_key_value_heads)
-    qkv = setting.values(setting.tokens, config.qkv_size)
-    positions = setting.batch.positions
-    tables = rope_tables(config, int(positions.max()) + 1)
-    on_device = [ops.to_device(array) for array in (positions, *tables)]
-    launch = partial(ops.rope, qkv, *on_device, *heads)
+def dequantize(setting: Setting) -> Case:
+    rows, columns = max(matrix_shapes(setting.config).values(), key=math.prod)
+    full = setting.values(rows, columns, deviation=WEIGHT_DEVIATION)
+    matrix = setting.ops.quantize(full, kind="int8")
+    launch = partial(setting.ops.dequantize, matrix, setting.dtype)
 
     def checked() -> None:
-        some = _some(setting.tokens)
-        before = _host(qkv[some])  # rotated in place
-        expected = reference.rope(before, positions[some], *tables, *heads)
-        check("rope", launch()[some], expected, setting.dtype)
+        some = some_rows(rows)
+        chosen = Quantized(*(on_host(part[some]) for part in (matrix.values, matrix.scale)))
+        check("dequantize", launch()[some], reference.dequantize(chosen), setting.dtype)
 
-    work = rope_work(setting.tokens, config.q_size + config.kv_size, qkv.itemsize)
-    return Case("rope", launch, checked, work)
+    work = dequantize_work(rows, columns, setting.dtype.itemsize)
+    return Case("dequantize", launch, checked, work)
 
 
 def attention_work(batch: MicroBatch, config: ModelConfig, itemsize: int) -> Work:
@@ -151,7 +127,7 @@ def attention_work(batch: MicroBatch, config: ModelConfig, itemsize: int) -> Wor
     seen = int((n * (k - n) + n * (n + 1) // 2).sum())
     row = (config.qkv_size + config.q_size) * itemsize
     return Work(
-        len(batch.token_ids) * row + len(batch.key_index) * _INDEX, 4 * seen * config.q_size
+        len(batch.token_ids) * row + len(batch.key_index) * INDEX_BYTES, 4 * seen * config.q_size
     )
 
 
@@ -166,7 +142,7 @@ def attention(setting: Setting, name: str = "attention") -> Case:
         segments = len(batch.segment_start) - 1
         for segment in range(0, segments, -(-segments // CHECKED_SEGMENTS)):
             alone, keys = one_segment(batch, segment)
-            rows = _host(ops.gather(ops.to_device(keys), qkv))
+            rows = host(ops.gather(ops.to_device(keys), qkv))
             first, last = batch.segment_start[segment : segment + 2].tolist()
             expected = reference.attention(rows, alone, *heads)[first - last :]
             check(f"{name}, segment {segment},", out[first:last], expected, setting.dtype)
@@ -190,91 +166,10 @@ def one_segment(batch: MicroBatch, segment: int) -> tuple[MicroBatch, np.ndarray
     return alone, keys
 
 
-def swiglu_work(tokens: int, intermediate: int, itemsize: int, quantized: bool = False) -> Work:
-    """gate and up read, their mix written; an exponential, a sum, a quotient and a product."""
-    read, flops = 2 * tokens * intermediate * itemsize, 4 * tokens * intermediate
-    return _written(Work(read, flops), tokens, intermediate, itemsize, quantized)
-
-
-def swiglu(setting: Setting, quantized: bool = False) -> Case:
-    name = "swiglu, fp8" if quantized else "swiglu"
-    intermediate = setting.config.intermediate_size
-    gate_up = setting.values(setting.tokens, 2 * intermediate)
-    launch = partial(setting.ops.swiglu, gate_up, quantized)
-
-    def checked() -> None:
-        some = _some(setting.tokens)
-        expected = reference.swiglu(_host(gate_up[some]), quantized)
-        _check_rows(name, launch(), some, expected, setting.dtype)
-
-    work = swiglu_work(setting.tokens, intermediate, gate_up.itemsize, quantized)
-    return Case(name, launch, checked, work)
-
-
 def linear_work(tokens: int, n: int, k: int, columns: int, itemsize: int) -> Work:
     """Operands read, `columns` of each row written; a product and a sum for each of n · k pairs."""
     nbytes = ((tokens + n) * k + tokens * columns) * itemsize
     return Work(nbytes, 2 * tokens * n * k)
-
-
-def linear_swiglu(setting: Setting) -> Case:
-    """The product with gate and up, and what SwiGLU makes of it."""
-    config, tokens = setting.config, setting.tokens
-    n, k = 2 * config.intermediate_size, config.hidden_size
-    x = setting.values(tokens, k)
-    weight = setting.values(n, k, seed=2, deviation=k**-0.5)
-    launch = partial(setting.ops.linear_swiglu, x, weight)
-
-    def checked() -> None:
-        some = _some(tokens)
-        expected = reference.linear_swiglu(_host(x[some]), _host(weight))
-        check("linear_swiglu", launch()[some], expected, setting.dtype)
-
-    work = linear_work(tokens, n, k, config.intermediate_size, x.itemsize)
-    return Case("linear_swiglu", launch, checked, work, on_matrix_units=True)
-
-
-def linear_rope(setting: Setting) -> Case:
-    """The product with q, k and v, and the rotation of q and k."""
-    ops, config, tokens = setting.ops, setting.config, setting.tokens
-    heads = (config.num_attention_heads, config.num_key_value_heads)
-    n, k = config.qkv_size, config.hidden_size
-    x = setting.values(tokens, k)
-    weight = setting.values(n, k, seed=2, deviation=k**-0.5)
-    positions = setting.batch.positions
-    tables = rope_tables(config, int(positions.max()) + 1)
-    on_device = [ops.to_device(array) for array in (positions, *tables)]
-    launch = partial(ops.linear_rope, x, weight, None, *on_device, *heads)
-
-    def checked() -> None:
-        some = _some(tokens)
-        turn = (positions[some], *tables, *heads)
-        expected = reference.linear_rope(_host(x[some]), _host(weight), None, *turn)
-        check("linear_rope", launch()[some], expected, setting.dtype)
-
-    work = linear_work(tokens, n, k, n, x.itemsize)
-    return Case("linear_rope", launch, checked, work, on_matrix_units=True)
-
-
-def bias_work(tokens: int, wide: int, itemsize: int) -> Work:
-    """A row read and written, the bias read; a sum an element."""
-    return Work((2 * tokens + 1) * wide * itemsize, tokens * wide)
-
-
-def bias(setting: Setting) -> Case:
-    wide = setting.config.qkv_size
-    rows, vector = setting.values(setting.tokens, wide), setting.values(wide, seed=2)
-
-    def launch() -> Any:
-        setting.ops._put_bias(rows, vector, add=True)
-        return rows
-
-    def checked() -> None:
-        some = _some(setting.tokens)
-        expected = _host(rows[some]) + _host(vector)  # in place
-        check("bias", launch()[some], expected, setting.dtype)
-
-    return Case("bias", launch, checked, bias_work(setting.tokens, wide, rows.itemsize))
 
 
 def log_probs_work(rows: int, vocab: int, targets: int) -> Work:
@@ -282,7 +177,7 @@ def log_probs_work(rows: int, vocab: int, targets: int) -> Work:
 
     A comparison, a difference, an exponential and a sum a logit.
     """
-    return Work(_INDEX * (rows * vocab + rows + 1 + 3 * targets), 4 * rows * vocab)
+    return Work(INDEX_BYTES * (rows * vocab + rows + 1 + 3 * targets), 4 * rows * vocab)
 
 
 def log_probs(setting: Setting) -> Case:
@@ -299,18 +194,14 @@ def log_probs(setting: Setting) -> Case:
 
     def checked() -> None:
         some, expected = min(CHECKED_ROWS, rows), np.zeros(out.shape, np.float32)
-        reference.log_probs(_host(logits[:some]), start[: some + 1], token, expected)
+        reference.log_probs(host(logits[:some]), start[: some + 1], token, expected)
         wanted = slice(0, int(start[some]))
         check("log_probs", launch()[:, wanted], expected[:, wanted], logits.dtype)
 
     return Case("log_probs", launch, checked, log_probs_work(rows, vocab, int(start[-1])))
 
 
-EACH = (gather, rmsnorm, linear_rope, attention, linear_swiglu, log_probs, rope, swiglu, bias)
-EIGHT_BIT = (quantize, partial(rmsnorm, quantized=True), partial(swiglu, quantized=True))
-
-
-def _written(work: Work, rows: int, columns: int, itemsize: int, quantized: bool) -> Work:
+def written(work: Work, rows: int, columns: int, itemsize: int, quantized: bool) -> Work:
     """`work`, and what it takes to write its result."""
     if quantized:
         quantizing = quantize_work(rows, columns, 0)
@@ -318,7 +209,7 @@ def _written(work: Work, rows: int, columns: int, itemsize: int, quantized: bool
     return Work(work.nbytes + rows * columns * itemsize, work.flops)
 
 
-def _check_rows(
+def check_rows(
     name: str, got: Any, some: slice, expected: np.ndarray | Quantized, dtype: np.dtype
 ) -> None:
     """Compare `some` rows of what was got, which may be quantized."""
@@ -330,10 +221,11 @@ def _check_rows(
         check(name, got[some], expected, dtype)
 
 
-def _some(rows: int) -> slice:
+def some_rows(rows: int) -> slice:
     """Every so many-th row: at most CHECKED_ROWS of them, the first among them."""
     return slice(0, None, -(-rows // CHECKED_ROWS))
 
 
-def _host(array: Any) -> np.ndarray:
+def host(array: Any) -> np.ndarray:
+    """The array here, in float32."""
     return on_host(array).astype(np.float32)

@@ -11,8 +11,10 @@ import numpy as np
 from cupyllama.bench.measure import Launch, check, on_host, result, stream_seconds
 from cupyllama.bench.shapes import WEIGHT_DEVIATION, model_config, random_array
 from cupyllama.bench.table import as_table
+from cupyllama.checkpoint.fields import matrix_shapes, stage_fields
 from cupyllama.config import ModelConfig
 from cupyllama.errors import DeviceError
+from cupyllama.families import family_of
 from cupyllama.kernels import FP8_ARCH
 from cupyllama.ops import reference
 from cupyllama.parallel.devices import Device, choose_dtype, storage_dtype
@@ -29,19 +31,25 @@ CHECKED_ROWS = 32
 _DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 
 
-def layer_products(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The four matrices of a layer as (n, k): out and in."""
-    return {
-        "qkv_proj": (config.qkv_size, config.hidden_size),
-        "o_proj": (config.hidden_size, config.q_size),
-        "gate_up_proj": (2 * config.intermediate_size, config.hidden_size),
-        "down_proj": (config.hidden_size, config.intermediate_size),
-    }
+def layer_products(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The matrices of a layer as (n, k): out and in."""
+    return matrix_shapes(config)
 
 
-def all_products(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Those of a layer, and the head."""
-    return layer_products(config) | {"lm_head": (config.vocab_size, config.hidden_size)}
+def head_products(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The matrices behind the last layer, likewise."""
+    last = range(config.num_hidden_layers - 1, config.num_hidden_layers)
+    fields = (field for layer, field in stage_fields(config, last) if layer is None)
+    shapes = {field.name: field.shape for field in fields}
+    if config.tie_word_embeddings:
+        shapes["lm_head"] = shapes["embed_tokens"]
+    names = family_of(config).names.last
+    return {name: shapes[name] for name in names if len(shapes.get(name, ())) == 2}
+
+
+def all_products(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Those of a layer, and of the head."""
+    return layer_products(config) | head_products(config)
 
 
 def product_flops(m: int, n: int, k: int) -> int:
@@ -50,12 +58,12 @@ def product_flops(m: int, n: int, k: int) -> int:
 
 
 def layer_flops(config: ModelConfig, tokens: int) -> int:
-    """Of one layer's four products."""
+    """Of one layer's products."""
     return sum(product_flops(tokens, n, k) for n, k in layer_products(config).values())
 
 
 def layer_rate(config: ModelConfig, dtype: str, tokens: int) -> float:
-    """FLOP/s of one layer's four products in a stream without gaps: what nothing else slows.
+    """FLOP/s of one layer's products in a stream without gaps: what nothing else slows.
 
     The GPU lowers its clock until it draws the power it may; what it reaches counts after that.
     """

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cupyllama.bench.cases import EACH, EIGHT_BIT, Case, Setting, attention
+from cupyllama.bench import cases, cases_llama, cases_opt
+from cupyllama.bench.cases import Case, Setting, attention
 from cupyllama.bench.gemm import layer_rate
 from cupyllama.bench.measure import Ceilings, Stopwatch, copy_rate, result
 from cupyllama.bench.rows import few_shot_rows, read_rows
@@ -15,6 +16,27 @@ from cupyllama.bench.table import as_table
 from cupyllama.evaluate import plan
 from cupyllama.kernels import FP8_ARCH
 from cupyllama.parallel.devices import Device, choose_dtype, storage_dtype
+
+# By family: every kernel that a model launches, and those of fp8.
+EACH = {
+    "llama": (
+        *(cases.gather, cases_llama.rmsnorm, cases_llama.linear_rope, attention),
+        *(cases_llama.linear_swiglu, cases.log_probs, cases_llama.rope, cases_llama.swiglu),
+        cases.dequantize,
+    ),
+    "opt": (
+        *(cases.gather, cases_opt.add, cases_opt.layernorm, attention, cases_opt.linear_relu),
+        *(cases_opt.linear, cases.log_probs, cases.dequantize),
+    ),
+}
+EIGHT_BIT = {
+    "llama": (
+        cases.quantize,
+        partial(cases_llama.rmsnorm, quantized=True),
+        partial(cases_llama.swiglu, quantized=True),
+    ),
+    "opt": (cases.quantize, partial(cases_opt.layernorm, quantized=True)),
+}
 
 
 def measure_kernels(
@@ -43,8 +65,9 @@ def measure_kernels(
         setting = Setting(config, storage, device.ops, plan(rows, tokens, device.ops)[0])
         shots = plan(few_shot_rows(questions, config.vocab_size).rows, tokens, device.ops)[0]
         few_shot = partial(attention, replace(setting, batch=shots), "attention, few-shot")
-        eight_bit = EIGHT_BIT if device.compute_capability >= FP8_ARCH else ()
-        for make in (*(partial(each, setting) for each in (*EACH, *eight_bit)), few_shot):
+        has_fp8 = device.compute_capability >= FP8_ARCH
+        every = EACH[config.family] + (EIGHT_BIT[config.family] if has_fp8 else ())
+        for make in (*(partial(each, setting) for each in every), few_shot):
             case = make()
             case.check()
             run = figures(case, watch.seconds(case.launch), ceilings)

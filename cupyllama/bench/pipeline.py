@@ -52,6 +52,12 @@ def read_run(path: Path) -> MeasuredRun:
         settings, extra = results["config"], results["cupyllama"]
         config = config_from_fields(settings["model_config"])
         ranks: list[dict[str, Any]] = extra["ranks"]
+        if settings.get("tensor_parallel", 1) > 1:
+            raise DataError(
+                f"{path}: is of stages of {settings['tensor_parallel']} ranks, whose exchanges "
+                "say nothing of other numbers",
+                "Give the results of a run without --tensor-parallel.",
+            )
         first = [rank for rank in ranks if rank["replica"] == 0]
         cost = sum(last - begin for begin, last in (rank["layers"] for rank in first))
         links = [rank["link_seconds"] for rank in ranks if rank["link_seconds"] is not None]

@@ -1,5 +1,6 @@
 """`cupyllama bench score`: questions a second of a published shape with random weights."""
 
+import copy
 import statistics
 import time
 from functools import partial
@@ -8,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from cupyllama.bench.gemm import all_products, layer_flops, layer_rate, product_flops
+from cupyllama.bench.gemm import (
+    head_products,
+    layer_flops,
+    layer_products,
+    layer_rate,
+    product_flops,
+)
 from cupyllama.bench.measure import mark, result, seconds_between
 from cupyllama.bench.rows import read_rows
 from cupyllama.bench.shapes import model_config, random_stage
@@ -17,13 +24,15 @@ from cupyllama.checkpoint.fields import stage_bytes
 from cupyllama.config import ModelConfig
 from cupyllama.errors import CupyllamaError, DeviceError
 from cupyllama.evaluate import ChoiceScores, Line, evaluate, plan
+from cupyllama.families import Stage
 from cupyllama.kernels import FP8_ARCH
-from cupyllama.model.llama import LayerWeights, Stage
 from cupyllama.packing import MicroBatch
 from cupyllama.parallel.devices import Device, choose_dtype, storage_dtype
 from cupyllama.sizing import activation_bytes
 from cupyllama.tasks.conventions import TokenRows
 
+# The matrix of a layer that attention comes after, in every family.
+BEFORE_ATTENTION = "qkv_proj"
 # Of what a stage calls, these queue no work.
 _NO_WORK = {"empty", "to_device"}
 
@@ -53,7 +62,7 @@ def measure_score(
     _check_memory(device, shape, config, storage, min(sizes), quantize)
     rows = read_rows(config, questions, data, tokenizer)
     stage = random_stage(config, storage, device.ops, rows.longest, quantize=quantize)
-    products = quantize or storage.name
+    products = "fp8" if quantize == "fp8" else storage.name
     return result(
         "score",
         device,
@@ -117,15 +126,15 @@ def evaluation_flops(config: ModelConfig, batches: list[MicroBatch]) -> int:
     """Of all matrix products that are run, those of padding among them.
 
     In the last layer all tokens have keys and values, but what follows attention is computed for
-    rows with targets alone, as is lm_head.
+    rows with targets alone, as is the head.
     """
     tokens = sum(len(batch.token_ids) for batch in batches)
     rows = sum(len(batch.logit_rows) for batch in batches)
     flops = config.num_hidden_layers * layer_flops(config, tokens)
-    for name, (n, k) in all_products(config).items():
-        if name == "lm_head":
-            flops += product_flops(rows, n, k)
-        elif name != "qkv_proj":
+    for n, k in head_products(config).values():
+        flops += product_flops(rows, n, k)
+    for name, (n, k) in layer_products(config).items():
+        if name != BEFORE_ATTENTION:
             flops += product_flops(rows, n, k) - product_flops(tokens, n, k)
     return flops
 
@@ -150,16 +159,22 @@ class TimedOps:
         weights = [self._names[id(operand)] for operand in operands if id(operand) in self._names]
         begin = mark()
         out = operation(*args, **kwargs)
-        self.calls.append((self.place, " ".join([name, *weights]), begin, mark()))
+        # The first is its matrix, or a norm's weight; the others are biases.
+        self.calls.append((self.place, " ".join([name, *weights[:1]]), begin, mark()))
         return out
 
 
-class TimedStage(Stage):
-    """A stage that says which of its operations belong to whole layers."""
+def timed_stage(stage: Stage, ops: TimedOps) -> Stage:
+    """The stage on such operations, to which it says which of them belong to whole layers."""
 
-    def mix(self, layer: LayerWeights, *args: Any) -> Any:
-        self.ops.place = "rest" if layer is self.weights.layers[-1] else "layer"
-        return super().mix(layer, *args)
+    def mix(layer: Any, *args: Any) -> Any:
+        ops.place = "rest" if layer is stage.weights.layers[-1] else "layer"
+        return type(stage).mix(timed, layer, *args)
+
+    timed = copy.copy(stage)
+    timed.ops = timed.group = ops  # no other ranks have parts of it
+    timed.mix = mix
+    return timed
 
 
 def breakdown(stage: Stage, batch: MicroBatch) -> dict[str, Any]:
@@ -175,7 +190,7 @@ def breakdown(stage: Stage, batch: MicroBatch) -> dict[str, Any]:
     for holder in (weights, *weights.layers):
         names |= {id(value): name for name, value in vars(holder).items() if value is not None}
     ops = TimedOps(stage.ops, names)
-    timed, uploaded = TimedStage(stage.config, weights, ops, len(stage.cos)), ops.upload(batch)
+    timed, uploaded = timed_stage(stage, ops), ops.upload(batch)
     timed.forward(uploaded)  # memory is had, and the card is warm
     ops.calls.clear()
     begin = mark()
@@ -240,10 +255,10 @@ def _check_memory(
     quantize: str | None,
 ) -> None:
     """Before anything slow: do the weights and a micro-batch fit, and is there fp8 if asked for?"""
-    if quantize and device.compute_capability < FP8_ARCH:
+    if quantize == "fp8" and device.compute_capability < FP8_ARCH:
         raise DeviceError(f"{device.name} has no fp8", "Leave out --quantize.")
     weights = stage_bytes(config, range(config.num_hidden_layers), dtype, quantize)
-    batch = activation_bytes(config, tokens, dtype.name, device.ops.LOGIT_CHUNK)
+    batch = activation_bytes(config, tokens, dtype.name, device.ops.LOGIT_CHUNK, quantize)
     free = device.free_bytes()
     if weights + batch > free:
         raise DeviceError(

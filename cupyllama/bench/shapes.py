@@ -1,14 +1,17 @@
-"""Published LLaMA shapes, and stages of them with random weights made on the device."""
+"""Published shapes, and stages of them with random weights made on the device."""
 
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from cupyllama.checkpoint.fields import Field, stage_fields
 from cupyllama.config import ModelConfig
 from cupyllama.config_llama import LlamaConfig
+from cupyllama.config_opt import OptConfig
 from cupyllama.errors import UsageError
-from cupyllama.model.llama import LayerWeights, Stage, StageWeights
+from cupyllama.families import Stage, family_of
+from cupyllama.parallel.group import Group
 
 # layers, hidden, intermediate, heads, key-value heads, vocabulary
 SHAPES = {
@@ -20,7 +23,16 @@ SHAPES = {
     "llama-3-8b": (32, 4096, 14336, 32, 8, 128256),
 }
 
+# layers, hidden, ffn, heads, vocabulary
+OPT_SHAPES = {
+    "opt-6.7b": (32, 4096, 16384, 32, 50272),
+    "opt-13b": (40, 5120, 20480, 40, 50272),
+    "opt-30b": (48, 7168, 28672, 56, 50272),
+    "opt-66b": (64, 9216, 36864, 72, 50272),
+}
+
 WEIGHT_DEVIATION = 0.02  # of an untrained model
+_FIELDS = 16  # seeds that a layer has: as many as it has fields, or more
 
 
 def model_config(shape: str) -> ModelConfig:
@@ -29,8 +41,11 @@ def model_config(shape: str) -> ModelConfig:
     Raises:
         UsageError: there is none of that name.
     """
+    if shape in OPT_SHAPES:
+        return _opt_config(*OPT_SHAPES[shape])
     if shape not in SHAPES:
-        raise UsageError(f"shape {shape!r} is not known", f"Give one of {', '.join(SHAPES)}.")
+        known = ", ".join([*SHAPES, *OPT_SHAPES])
+        raise UsageError(f"shape {shape!r} is not known", f"Give one of {known}.")
     layers, hidden, intermediate, heads, kv_heads, vocab = SHAPES[shape]
     return LlamaConfig(
         vocab_size=vocab,
@@ -48,6 +63,22 @@ def model_config(shape: str) -> ModelConfig:
         attention_bias=False,
         tie_word_embeddings=False,
         bos_token_id=1,
+        dtype="float16",
+    )
+
+
+def _opt_config(layers: int, hidden: int, ffn: int, heads: int, vocab: int) -> OptConfig:
+    return OptConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        ffn_dim=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        word_embed_proj_dim=hidden,
+        do_layer_norm_before=True,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=2,
         dtype="float16",
     )
 
@@ -78,48 +109,43 @@ def random_stage(
     positions: int,
     layers: range | None = None,
     quantize: str | None = None,
+    group: Group | None = None,
 ) -> Stage:
-    """Some layers, or all, with random matrices and norms of ones.
+    """Some layers, or all, with random matrices and biases, and norms of ones.
 
     A layer's weights are the same in whichever stage it is.
 
     Args:
-        quantize: "fp8" for matrices of e4m3.
+        quantize: "fp8" or "int8" for matrices that are so.
+        group: of the ranks that share the matrices, each of which has the same numbers in its part.
     """
-    hidden = config.hidden_size
+    names = family_of(config).names
 
-    def end(number: int) -> Any:
-        shape = config.vocab_size, hidden
-        return random_array(shape, dtype, number - 8, WEIGHT_DEVIATION)
-
-    def matrix(layer: int, number: int, *shape: int) -> Any:
-        full = random_array(shape, dtype, 8 * layer + number, WEIGHT_DEVIATION)
-        if quantize is None:
+    def array(layer: int | None, field: Field, number: int) -> Any:
+        if len(field.shape) == 1 and not field.name.endswith("bias"):
+            return ops.to_device(np.ones(field.shape, dtype))
+        seed = _FIELDS * (-1 if layer is None else layer) + number
+        full = random_array(field.shape, dtype, seed, WEIGHT_DEVIATION)
+        if quantize is None or layer is None or field.name not in names.matrices:
             return full
-        eight_bit = ops.quantize(full)
+        eight_bit = ops.quantize(full, kind=quantize)
         del full
         ops.release_memory()  # else the pool would serve what follows from parts of it
         return eight_bit
 
-    def ones() -> Any:
-        return ops.to_device(np.ones(hidden, dtype))
-
     layers = range(config.num_hidden_layers) if layers is None else layers
-    weights = [
-        LayerWeights(
-            input_layernorm=ones(),
-            qkv_proj=matrix(layer, 0, config.qkv_size, hidden),
-            o_proj=matrix(layer, 1, hidden, config.q_size),
-            post_attention_layernorm=ones(),
-            gate_up_proj=matrix(layer, 2, 2 * config.intermediate_size, hidden),
-            down_proj=matrix(layer, 3, hidden, config.intermediate_size),
+    arrays: dict[int | None, dict[str, Any]] = {layer: {} for layer in (None, *layers)}
+    for layer, field in stage_fields(config, layers):
+        number = (
+            (names.first + names.last).index(field.name) if layer is None else len(arrays[layer])
         )
-        for layer in layers
-    ]
-    ends = {}
-    if layers.start == 0:
-        ends["embed_tokens"] = end(4)
-    if layers.stop == config.num_hidden_layers:
-        ends["norm"] = ones()
-        ends["lm_head"] = end(5)
-    return Stage(config, StageWeights(weights, **ends), ops, positions)
+        arrays[layer][field.name] = array(layer, field, number)
+    ends = arrays.pop(None)
+    if config.tie_word_embeddings and layers.stop == config.num_hidden_layers:
+        # The same numbers, but with a name of its own where time is measured.
+        ends["lm_head"] = ends["embed_tokens"].view()
+        if layers.start > 0:
+            del ends["embed_tokens"]
+    model = family_of(config).model
+    weights = [model.LayerWeights(**arrays[layer]) for layer in layers]
+    return model.Stage(config, model.StageWeights(weights, **ends), ops, positions, group)

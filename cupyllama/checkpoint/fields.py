@@ -14,10 +14,11 @@ from cupyllama.families import family_of
 
 # The stored dtypes of what --quantize makes, and what follows the names of a matrix for its scales:
 # in a stage, and in a checkpoint.
-MATRIX_DTYPES = {"fp8": "F8_E4M3"}
+MATRIX_DTYPES = {"fp8": "F8_E4M3", "int8": "I8"}
+KINDS = {dtype: kind for kind, dtype in MATRIX_DTYPES.items()}
 SCALE_DTYPE = "F32"
 SCALE = ".scale"
-_STORED_SCALE = "_scale"
+STORED_SCALE = "_scale"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def stage_fields(
     """The arrays of a stage of `layers`, each with its layer, or None at the model's ends.
 
     Args:
-        quantize: "fp8" where matrices are so; then there is another array for each one's scale.
+        quantize: "fp8" or "int8" where matrices are so; then each one's scale is another array.
     """
     names, ends = family_of(config).names, _fields(config, None, quantize)
     if layers.start == 0:
@@ -118,8 +119,8 @@ def stage_bytes(
 
 def stored_part(checkpoint: Checkpoint, name: str) -> Tensor:
     """A part of a field; of a scale that is not stored, the matrix whose it is."""
-    if name not in checkpoint.tensors and name.endswith(_STORED_SCALE):
-        name = name.removesuffix(_STORED_SCALE)
+    if name not in checkpoint.tensors and name.endswith(STORED_SCALE):
+        name = name.removesuffix(STORED_SCALE)
     return checkpoint.tensors[name]
 
 
@@ -129,13 +130,29 @@ def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: fields[name].shape for name in family_of(config).names.matrices}
 
 
+def tensor_sizes(config: ModelConfig, quantize: str | None) -> dict[str, tuple[str, ...]]:
+    """The stored tensors that are read, each with its shape in names of the config."""
+    return {
+        name: part.shape
+        for template, part in _table(config, quantize).items()
+        if part is not None
+        for name in _names(template, config)
+    }
+
+
+def embedding_name(config: ModelConfig) -> str:
+    """The stored tensor that is the embedding."""
+    table = family_of(config).names.parts(config)
+    return next(name for name, part in table.items() if part and part.field == "embed_tokens")
+
+
 def _table(config: ModelConfig, quantize: str | None) -> Parts:
     names = family_of(config).names
     table = names.parts(config)
     if quantize is not None:
         for template, part in list(table.items()):
             if part is not None and part.field in names.matrices:
-                table[template + _STORED_SCALE] = Part(part.field + SCALE, part.shape[:1])
+                table[template + STORED_SCALE] = Part(part.field + SCALE, part.shape[:1])
     return table
 
 

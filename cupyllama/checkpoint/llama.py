@@ -28,7 +28,7 @@ _BIASES: Parts = {
     _ATTENTION + "v_proj.bias": Part("qkv_bias", ("kv_size",)),
     _ATTENTION + "o_proj.bias": Part("o_bias", ("hidden_size",)),
 }
-_HEAD: Parts = {"lm_head.weight": Part("lm_head", ("vocab_size", "hidden_size"))}
+_HEAD: Parts = {"lm_head.weight": Part("lm_head", ("head_rows", "hidden_size"))}
 
 
 def _parts(config: LlamaConfig) -> Parts:

@@ -12,16 +12,14 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-import numpy as np
-
+from cupyllama.checkpoint.joined import JoinedTensor, misfit
 from cupyllama.checkpoint.meta_params import PARAMS, read_params
 from cupyllama.checkpoint.pytorch import file_tensors
-from cupyllama.checkpoint.source import INCOMPLETE, Read, StoredTensor, Tensor, numpy_dtype
+from cupyllama.checkpoint.source import INCOMPLETE, Tensor
 from cupyllama.config_llama import LlamaConfig
 from cupyllama.errors import ModelError
 
 _PARTS = "consolidated.*.pth"
-_BLOCK_BYTES = 16 << 20  # of one part, read at a time while parts are joined
 _MOST_PARTS = 8
 
 
@@ -55,62 +53,6 @@ _NAMES: dict[str, _Rule | None] = {
     "rope.freqs": None,
 }
 _LAYER = re.compile(r"^layers\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class JoinedTensor:
-    """The parts of one matrix side by side, its rows reordered within heads if it is rotary."""
-
-    name: str
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    parts: tuple[Tensor, ...]
-    axis: int
-    head_dim: int  # rows that belong together; 1 unless the rows are reordered
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-    @property
-    def origins(self) -> tuple[StoredTensor, ...]:
-        return tuple(origin for part in self.parts for origin in part.origins)
-
-    def read_rows(self, first: int, out: np.ndarray, read: Read) -> None:
-        step = self.head_dim * max(1, _BLOCK_BYTES // (self._row_bytes * self.head_dim))
-        last = first + len(out)
-        begin = first - first % self.head_dim
-        while begin < last:
-            end = min(begin + step, last + -last % self.head_dim)
-            block = self._rows(begin, end, read)
-            low, high = max(begin, first), min(end, last)
-            out[low - first : high - first] = block[low - begin : high - begin]
-            begin = end
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.nbytes // self.shape[0]
-
-    def _rows(self, begin: int, end: int, read: Read) -> np.ndarray:
-        """Rows `begin:end`, whole heads of them if they are reordered."""
-        block = np.empty((end - begin, *self.shape[1:]), numpy_dtype(self))
-        at = 0  # row of self.shape where the part begins, or its column
-        for part in self.parts:
-            size = part.shape[self.axis]
-            if self.axis == 1:
-                columns = np.empty((len(block), size), block.dtype)
-                part.read_rows(begin, columns, read)
-                block[:, at : at + size] = columns
-            else:
-                low, high = max(begin, at), min(end, at + size)
-                if low < high:
-                    part.read_rows(low - at, block[low - begin : high - begin], read)
-            at += size
-        if self.head_dim == 1:
-            return block
-        pairs = block.reshape(-1, self.head_dim // 2, 2, self.shape[1])
-        return pairs.swapaxes(1, 2).reshape(block.shape)
 
 
 def has_meta(directory: Path) -> bool:
@@ -199,7 +141,7 @@ def _join(rule: _Rule, parts: tuple[Tensor, ...], dim: int, head_dim: int) -> Te
     if rule.axis is None or (len(parts) == 1 and not rule.rotary):
         for part in parts:
             if part.shape != shape or part.dtype != first.dtype:
-                raise _misfit(first, part)
+                raise misfit(first, part)
         return replace(first, name=rule.name)
     if len(shape) != 2:
         raise ModelError(f"{first.path}: {first.name} is {list(shape)}, not a matrix")
@@ -207,7 +149,7 @@ def _join(rule: _Rule, parts: tuple[Tensor, ...], dim: int, head_dim: int) -> Te
     for part in parts:
         same = len(part.shape) == 2 and part.shape[1 - axis] == shape[1 - axis]
         if not same or part.dtype != first.dtype:
-            raise _misfit(first, part)
+            raise misfit(first, part)
     joined = list(shape)
     joined[axis] = sum(part.shape[axis] for part in parts)
     head_dim = head_dim if rule.rotary else 1
@@ -218,11 +160,3 @@ def _join(rule: _Rule, parts: tuple[Tensor, ...], dim: int, head_dim: int) -> Te
             f"Do {PARAMS} and the weights belong to the same model?",
         )
     return JoinedTensor(rule.name, first.path, first.dtype, tuple(joined), parts, axis, head_dim)
-
-
-def _misfit(first: Tensor, part: Tensor) -> ModelError:
-    return ModelError(
-        f"{part.path}: {part.name} is {list(part.shape)} {part.dtype}, which does not fit "
-        f"{list(first.shape)} {first.dtype} in {first.path.name}",
-        "Do all parts belong to the same model?",
-    )

@@ -41,7 +41,7 @@ _FINAL_NORM: Parts = {
     "model.decoder.final_layer_norm.weight": Part("final_layer_norm", ("hidden_size",)),
     "model.decoder.final_layer_norm.bias": Part("final_layer_norm_bias", ("hidden_size",)),
 }
-_HEAD: Parts = {"lm_head.weight": Part("lm_head", ("vocab_size", "word_embed_proj_dim"))}
+_HEAD: Parts = {"lm_head.weight": Part("lm_head", ("head_rows", "word_embed_proj_dim"))}
 
 
 def _parts(config: OptConfig) -> Parts:

@@ -1,18 +1,27 @@
 """A machine for the few pickle opcodes that a file of tensors needs; it runs nothing.
 
 Python's unpickler calls whatever the file names. This one only recognises names: a global becomes a
-`Global`, and only the functions of the caller's table are ever called, with plain values. Opcodes
-are decoded by `pickletools.genops`, which reads and never executes.
+`Global`, and only the functions of the caller's table are ever called, with plain values. What else
+a file has of objects, a training run's settings, say, can be read as `Instance`s, of which nothing
+is imported or made. Opcodes are decoded by `pickletools.genops`, which reads and never executes.
 """
 
 import pickletools
+import sys
+from _compat_pickle import IMPORT_MAPPING  # names as pickles before protocol 3 have them
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_LONGEST_MESSAGE = 300
+
 
 class UnsafePickle(Exception):
     """The pickle asks for something that a file of tensors has no need of."""
+
+    def __init__(self, what: str):
+        # what is malformed may be shown, and may be all of the pickle
+        super().__init__(what[:_LONGEST_MESSAGE] + "…" * (len(what) > _LONGEST_MESSAGE))
 
 
 @dataclass(frozen=True)
@@ -23,14 +32,47 @@ class Global:
 
 
 class Instance(dict):
-    """What a class of the table made, where the pickle may set attributes: they are dropped."""
+    """What stands for an object: what the pickle says of it, and its items if it is a mapping."""
+
+    def __init__(self, name: str = "", arguments: tuple = ()):
+        super().__init__()
+        self.name = name  # of what would be called to make it
+        self.arguments = arguments
+        self.state: Any = None  # that it would be given then
+
+
+# Of the standard library, what holds settings. Nothing is ever called, so this guards no one: it
+# tells a file that is to be trusted from one that tries something.
+_MODULES_OF_VALUES = frozenset(
+    "argparse collections copyreg datetime decimal enum fractions pathlib typing uuid".split()
+)
+_VALUES_ELSEWHERE = frozenset(
+    """
+    builtins.bool builtins.bytearray builtins.bytes builtins.complex builtins.dict builtins.float
+    builtins.frozenset builtins.getattr builtins.int builtins.list builtins.object builtins.range
+    builtins.set builtins.slice builtins.str builtins.tuple builtins.type types.SimpleNamespace
+    _codecs.encode operator.getitem re._compile
+    """.split()
+)
+
+
+def holds_settings(name: str) -> bool:
+    """Whether a file of settings may have objects of this make: all but what runs code."""
+    package, _, rest = name.partition(".")
+    package = IMPORT_MAPPING.get(package, package)
+    if package not in sys.stdlib_module_names:
+        return True
+    return package in _MODULES_OF_VALUES or f"{package}.{rest}" in _VALUES_ELSEWHERE
 
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _VALUES = frozenset(
-    "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8".split()
+    """
+    BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES
+    SHORT_BINBYTES BINBYTES8
+    """.split()
 )
 _GET = frozenset(("BINGET", "LONG_BINGET"))
 _PUT = frozenset(("BINPUT", "LONG_BINPUT"))
@@ -42,6 +84,7 @@ def load(
     data: bytes,
     functions: Mapping[str, Callable[..., Any]],
     persistent: Callable[[Any], Any],
+    inert: Callable[[str], bool] | None = None,
 ) -> Any:
     """The object that the pickle describes.
 
@@ -49,11 +92,13 @@ def load(
         functions: what the pickle may call, by the name it calls it. Another global may be
             mentioned (as a storage's type, say) but not called.
         persistent: makes an object of a persistent id.
+        inert: whether what the pickle asks to call by a name that is not in `functions` becomes
+            an `Instance`. Items whose keys are neither text nor whole numbers are left out then.
 
     Raises:
         UnsafePickle: naming the global or opcode that is refused, or saying what is malformed.
     """
-    machine = _Machine(functions, persistent)
+    machine = _Machine(functions, persistent, inert)
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "STOP":
@@ -69,9 +114,10 @@ def load(
 class _Machine:
     """The stack and memo of one pickle."""
 
-    def __init__(self, functions: Mapping[str, Callable[..., Any]], persistent):
+    def __init__(self, functions: Mapping[str, Callable[..., Any]], persistent, inert):
         self.functions = functions
         self.persistent = persistent
+        self.inert = inert
         self.stack: list[Any] = []  # since the last mark
         self.marked: list[list[Any]] = []  # what lies below each mark
         self.memo: dict[int, Any] = {}
@@ -112,7 +158,16 @@ class _Machine:
             self.set_items([self.pop(), self.pop()][::-1] if name == "SETITEM" else None)
         elif name in _APPEND:
             items = [self.pop()] if name == "APPEND" else self.pop_to_mark()
-            self.container(list).extend(items)
+            if not isinstance(self.stack[-1], Instance):  # of a deque, say, which is not read
+                self.container(list).extend(items)
+        elif name == "EMPTY_SET":
+            stack.append(Instance("builtins.set"))
+        elif name == "ADDITEMS":
+            self.pop_to_mark()
+            self.container(Instance)
+        elif name == "FROZENSET":
+            self.pop_to_mark()
+            self.stack.append(Instance("builtins.frozenset"))
         elif name == "GLOBAL":
             stack.append(Global(argument.replace(" ", ".", 1)))
         elif name == "STACK_GLOBAL":
@@ -127,8 +182,8 @@ class _Machine:
         elif name == "INST":
             raise UnsafePickle(f"asks to call {argument.replace(' ', '.', 1)}")
         elif name == "BUILD":
-            self.pop()
-            self.container(Instance)
+            state = self.pop()
+            self.container(Instance).state = state
         else:
             raise UnsafePickle(f"opcode {name} is refused")
 
@@ -146,15 +201,19 @@ class _Machine:
             raise UnsafePickle("is malformed: has a key without a value")
         target = self.container(dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, (str, int)):  # the hash of nested tuples can take for ever
+            if isinstance(key, (str, int)):  # the hash of nested tuples can take for ever
+                target[key] = value
+            elif self.inert is None:
                 raise UnsafePickle(f"has a {type(key).__name__} as a key")
-            target[key] = value
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
         name = getattr(function, "name", f"a {type(function).__name__}")
-        if not isinstance(function, Global) or name not in self.functions:
+        known = isinstance(function, Global) and name in self.functions
+        skipped = isinstance(function, Global) and self.inert is not None and self.inert(name)
+        if not known and not skipped:
             raise UnsafePickle(f"asks to call {name}")
         if not isinstance(arguments, tuple):
             raise UnsafePickle(f"is malformed: the arguments of {name} are no tuple")
-        self.stack.append(self.functions[name](*arguments))
+        made = self.functions[name](*arguments) if known else Instance(name, arguments)
+        self.stack.append(made)

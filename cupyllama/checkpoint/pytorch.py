@@ -4,7 +4,7 @@ Such a file is a zip of stored entries: data.pkl describes the tensors, data/0, 
 bytes of the storages that they are views of. Tensors are read straight from those bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,6 +29,7 @@ _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
 _LARGEST_PICKLE = 64 << 20  # that of a model of a thousand tensors has 100 KB
 _MOST_DIMENSIONS = 8
+_MOST_LISTED = 5
 
 # dtype as safetensors spells it, bytes an element
 _STORAGES = {
@@ -116,20 +117,55 @@ def file_tensors(path: Path) -> dict[str, Tensor]:
         ModelError: the file is unreadable or malformed, wants to run something, or has a tensor
             that reaches beyond its storage.
     """
-    entries = torch_entries(path)
-    _check_little_endian(path, entries)
-    reader = _Reader(entries)
     try:
-        content = pickles.load(_pickle(path, entries["data.pkl"]), reader.functions, reader.storage)
-        if not isinstance(content, dict):
-            raise pickles.UnsafePickle("is not a mapping of names to tensors")
-        return {name: _tensor(path, name, value) for name, value in content.items()}
+        return _tensors(path, _content(path))
     except pickles.UnsafePickle as error:
         raise ModelError(
             f"{path}: data.pkl {error}",
             "Files of weights alone are read, as torch.save writes a state_dict; nothing in them "
             "is ever run.",
         ) from error
+
+
+def training_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors under "model" of what a training run saved, and all the rest of it.
+
+    Objects are `pickles.Instance`s: nothing of theirs is imported or run.
+
+    Raises:
+        ModelError: as `file_tensors`, or there is no "model".
+    """
+    try:
+        content = dict(_content(path, pickles.holds_settings))
+        model = content.pop("model", None)
+        if model is None:
+            found = ", ".join(map(_short, list(content)[:_MOST_LISTED]))
+            raise pickles.UnsafePickle(f"has no 'model', but {found or 'nothing'}")
+        return _tensors(path, model), content
+    except pickles.UnsafePickle as error:
+        raise ModelError(
+            f"{path}: data.pkl {error}",
+            "A checkpoint of a training run is read for the tensors of its 'model' and for its "
+            "settings; nothing in it is ever run.",
+        ) from error
+
+
+def _content(path: Path, inert: Callable[[str], bool] | None = None) -> dict:
+    """What data.pkl has, tensors as `_View`s."""
+    entries = torch_entries(path)
+    _check_little_endian(path, entries)
+    reader = _Reader(entries)
+    pickled = _pickle(path, entries["data.pkl"])
+    content = pickles.load(pickled, reader.functions, reader.storage, inert)
+    if not isinstance(content, dict):
+        raise pickles.UnsafePickle("is not a mapping of names to tensors")
+    return content
+
+
+def _tensors(path: Path, named: Any) -> dict[str, Tensor]:
+    if not isinstance(named, dict):
+        raise pickles.UnsafePickle("is not a mapping of names to tensors")
+    return {name: _tensor(path, name, value) for name, value in named.items()}
 
 
 class _Reader:
@@ -192,7 +228,7 @@ class _Reader:
 def _tensor(path: Path, name: Any, view: Any) -> Tensor:
     if not isinstance(name, str) or not isinstance(view, _View):
         kind = type(view).__name__
-        raise pickles.UnsafePickle(f"has {str(name)[:80]!r}, which is a {kind} and no tensor")
+        raise pickles.UnsafePickle(f"has {_short(name)!r}, which is a {kind} and no tensor")
     storage = view.storage
     offset = storage.offset + view.offset * storage.itemsize
     nbytes = prod(view.shape) * storage.itemsize
@@ -208,6 +244,10 @@ def _tensor(path: Path, name: Any, view: Any) -> Tensor:
     if strides == _contiguous(view.shape) or not nbytes:
         return StoredTensor(name, path, storage.dtype, view.shape, offset, nbytes)
     return StridedTensor(name, path, storage.dtype, view.shape, strides, offset, nbytes)
+
+
+def _short(name: Any) -> str:
+    return str(name)[:80]
 
 
 def _pickle(path: Path, entry: Entry) -> bytes:

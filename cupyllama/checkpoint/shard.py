@@ -1,17 +1,19 @@
-"""`cupyllama shard`: a checkpoint rewritten as one file a stage, in the layout of loading."""
+"""`cupyllama shard`: a checkpoint rewritten as a file for each rank, in the layout of loading."""
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cupyllama.bpe import BPE_FILES
 from cupyllama.checkpoint.fields import Field, check_names, stage_fields, stored_part
 from cupyllama.checkpoint.meta import has_meta
+from cupyllama.checkpoint.metaseq_parts import has_metaseq, model_directory
 from cupyllama.checkpoint.quantization import choose_quantization
 from cupyllama.checkpoint.shard_output import (
     check_output,
@@ -27,9 +29,11 @@ from cupyllama.checkpoint.sharded import (
     ID_KEY,
     QUANTIZATION,
     STAGE_KEY,
+    TENSOR_PARALLEL,
     VERSION,
     array_name,
 )
+from cupyllama.checkpoint.slices import part_of_checkpoint
 from cupyllama.checkpoint.source import DTYPES, Checkpoint, numpy_dtype, open_checkpoint
 from cupyllama.checkpoint.stage_writer import (
     CHUNK_BYTES,
@@ -39,8 +43,9 @@ from cupyllama.checkpoint.stage_writer import (
     write_stage,
 )
 from cupyllama.checkpoint.stages import split_layers
-from cupyllama.config import ModelConfig, load_config
+from cupyllama.config import ModelConfig, Share, load_config
 from cupyllama.errors import ModelError, UsageError
+from cupyllama.tensor_parallel import check_tensor_parallel, part_of
 
 _TOKENIZER_FILES = (
     "tokenizer.model",
@@ -48,8 +53,7 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    *BPE_FILES,
 )
 
 
@@ -102,17 +106,20 @@ def shard(options: ShardOptions) -> Sharded:
     """
     began = time.perf_counter()
     options = replace(options, output=Path(os.path.abspath(options.output)))
-    if options.tensor_parallel != 1:
-        raise UsageError(
-            f"--tensor-parallel {options.tensor_parallel} is not supported yet",
-            "Give 1, and as many --stages as there are GPUs.",
-        )
-    config = load_config(options.model)
+    config, ranks = load_config(options.model), options.tensor_parallel
+    check_tensor_parallel(config, ranks)
+    shares = [Share(rank, ranks) for rank in range(ranks)] if ranks > 1 else [None]
     layers = split_layers(config, options.stages, options.layers_per_stage)
     checkpoint = open_checkpoint(options.model)
     check_names(checkpoint, config)
-    quantize = choose_quantization(options.quantize, options.model, config)
-    stages = [_planned(checkpoint, config, span, options.dtype, quantize) for span in layers]
+    configs = [part_of(config, share) for share in shares]
+    quantize = choose_quantization(options.quantize, options.model, configs[0])
+    sources = [part_of_checkpoint(checkpoint, config, share) for share in shares]
+    stages = [
+        _planned(source, own, span, options.dtype, quantize)
+        for span in layers
+        for source, own in zip(sources, configs, strict=True)
+    ]
     small_files = _small_files(options, config)
     settings = _settings(options, checkpoint, layers, quantize, small_files["config.json"])
     check_output(options.output, options.model, options.force)
@@ -129,15 +136,16 @@ def shard(options: ShardOptions) -> Sharded:
             with _progress(written, options.quiet) as on_bytes:
                 for number in missing:
                     entry, arrays = manifest["stages"][number], stages[number]
+                    source = sources[number % ranks]
                     entry["bytes"], entry["sha256"] = write_stage(
                         partial / entry["file"],
-                        checkpoint,
+                        source,
                         arrays,
                         _metadata(settings["id"], number),
                         on_bytes,
                         options.chunk_bytes,
                     )
-                    entry["pieces"] = _pieces(checkpoint, arrays)
+                    entry["pieces"] = _pieces(source, arrays)
                     save_progress(partial, manifest)
             write_small(partial, small_files, manifest)
             publish(partial, options.output)
@@ -150,7 +158,7 @@ def shard(options: ShardOptions) -> Sharded:
         total_bytes=sum(sizes),
         written_bytes=written,
         seconds=time.perf_counter() - began,
-        tokenizer=any(name.startswith("tokenizer.") for name in small_files),
+        tokenizer=_has_tokenizer(small_files),
     )
 
 
@@ -187,7 +195,7 @@ def _dtype(checkpoint: Checkpoint, field: Field, asked: str) -> str:
 
 def _small_files(options: ShardOptions, config: ModelConfig) -> dict[str, bytes]:
     """config.json, in Hugging Face's form and the dtype asked for, and the tokenizer."""
-    model, files = options.model, {}
+    model, files = model_directory(options.model), {}
     path = model / "config.json"
     try:
         if not path.is_file():
@@ -203,17 +211,25 @@ def _small_files(options: ShardOptions, config: ModelConfig) -> dict[str, bytes]
                 raw["dtype" if "dtype" in raw else "torch_dtype"] = options.dtype
             files["config.json"] = (json.dumps(raw, indent=2) + "\n").encode()
         folders = [model]
-        if has_meta(model):
-            folders.append(model.resolve().parent)  # LLaMA/7B/consolidated.00.pth
+        if has_meta(model) or has_metaseq(options.model):
+            # LLaMA/7B/consolidated.00.pth, opt-125m/reshard-model_part-0.pt
+            folders.append(model.resolve().parent)
         for folder in folders:
             for name in _TOKENIZER_FILES:
                 if (folder / name).is_file():
                     files[name] = (folder / name).read_bytes()
-            if len(files) > 1:
+            if _has_tokenizer(files):
                 break
     except OSError as error:
         raise ModelError(f"{error.filename}: {error.strerror}") from error
     return files
+
+
+def _has_tokenizer(files: Collection[str]) -> bool:
+    """Whether there is a file that is one, or the two that are one together."""
+    pairs = zip(BPE_FILES[::2], BPE_FILES[1::2], strict=True)
+    one = any(name in files for name in ("tokenizer.model", "tokenizer.json"))
+    return one or any(vocabulary in files and merges in files for vocabulary, merges in pairs)
 
 
 def _settings(
@@ -229,7 +245,7 @@ def _settings(
         "version": VERSION,
         "dtype": options.dtype,
         QUANTIZATION: quantize,
-        "tensor_parallel": options.tensor_parallel,
+        TENSOR_PARALLEL: options.tensor_parallel,
         "layers": [[span.start, span.stop] for span in layers],
         "source": {
             "name": options.model.resolve().name,

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import cupyllama
-from cupyllama.checkpoint.sharded import FORMAT, MANIFEST, checked_stage, is_sharded, stage_file
+from cupyllama.checkpoint.sharded import (
+    FORMAT,
+    MANIFEST,
+    TENSOR_PARALLEL,
+    checked_stage,
+    is_sharded,
+    stage_file,
+)
 from cupyllama.checkpoint.stage_writer import sync_directory
 from cupyllama.errors import ModelError, OutputError, UsageError
 from cupyllama.files import write_json
@@ -87,9 +94,10 @@ def taken_up(partial: Path, settings: dict[str, Any], force: bool) -> dict[str, 
         manifest = {}
     earlier = {stage["file"]: stage for stage in manifest.get("stages", [])}
     manifest = {**settings, "cupyllama": cupyllama.__version__, "stages": [], "files": {}}
-    count = len(settings["layers"])
-    for number, layers in enumerate(settings["layers"]):
-        entry: dict[str, Any] = {"file": stage_file(number, count), "layers": layers}
+    stages, ranks = len(settings["layers"]), settings[TENSOR_PARALLEL]
+    for number in range(stages * ranks):
+        file = stage_file(number, stages, ranks)
+        entry: dict[str, Any] = {"file": file, "layers": settings["layers"][number // ranks]}
         known = earlier.get(entry["file"], {})
         if "sha256" in known and _is_whole(partial, known, settings["id"], number):
             entry = known

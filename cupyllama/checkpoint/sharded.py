@@ -1,8 +1,10 @@
 """What `cupyllama shard` wrote, read back: the same tensors, from a file for each stage.
 
 A stage file holds the arrays of a stage in the order in which loading wants them, q, k, v and gate,
-up already stacked. A part of a stacked array is still one run of bytes, so the checkpoint offers
-the parts by Hugging Face's names: it can be loaded for any number of stages, and sharded again.
+up already stacked; with tensor parallelism there is one for each rank of a stage, which holds its
+part of them. A part of a stacked array is still one run of bytes, so the checkpoint offers the
+parts by Hugging Face's names, those of several ranks side by side: it can be loaded for any number
+of stages and of ranks in each, and sharded again.
 """
 
 import json
@@ -11,16 +13,25 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from cupyllama.checkpoint.fields import MATRIX_DTYPES, Field, stage_fields
+from cupyllama.checkpoint.fields import (
+    MATRIX_DTYPES,
+    STORED_SCALE,
+    Field,
+    stage_fields,
+    tensor_sizes,
+)
 from cupyllama.checkpoint.safetensors import read_header
+from cupyllama.checkpoint.slices import BandScales, whole
 from cupyllama.checkpoint.source import INCOMPLETE, Checkpoint, StoredTensor, Tensor
-from cupyllama.config import load_config
-from cupyllama.errors import ModelError
+from cupyllama.config import Share, load_config
+from cupyllama.errors import ModelError, UsageError
+from cupyllama.tensor_parallel import check_tensor_parallel, part_of
 
 MANIFEST = "manifest.json"
 FORMAT = "cupyllama-shard"
 VERSION = 1
 QUANTIZATION = "quantization"
+TENSOR_PARALLEL = "tensor_parallel"
 # The keys of a stage file's metadata: the manifest's id, and the stage's number.
 ID_KEY = "cupyllama_shard"
 STAGE_KEY = "stage"
@@ -31,9 +42,11 @@ def array_name(layer: int | None, field: str) -> str:
     return field if layer is None else f"layers.{layer}.{field}"
 
 
-def stage_file(stage: int, stages: int) -> str:
-    """The name of a stage's file."""
-    return f"stage-{stage:02d}-of-{stages:02d}.safetensors"
+def stage_file(number: int, stages: int, ranks: int) -> str:
+    """The name of a file: they are numbered by stage, and within it by rank."""
+    stage, rank = divmod(number, ranks)
+    part = f".tp-{rank}-of-{ranks}" if ranks > 1 else ""
+    return f"stage-{stage:02d}-of-{stages:02d}{part}.safetensors"
 
 
 def is_sharded(directory: Path) -> bool:
@@ -44,7 +57,7 @@ def is_sharded(directory: Path) -> bool:
 
 
 def stored_quantization(directory: Path) -> str | None:
-    """What the layers' matrices in a directory are, sharded or not: fp8, or None for floats.
+    """What the layers' matrices in a directory are, sharded or not: fp8, int8, or None.
 
     Raises:
         ModelError: the manifest is broken.
@@ -60,15 +73,27 @@ def open_sharded(directory: Path) -> Checkpoint:
     """
     manifest = _read_manifest(directory)
     config, quantization = load_config(directory), manifest[QUANTIZATION]
-    tensors: dict[str, Tensor] = {}
+    ranks = manifest[TENSOR_PARALLEL]
+    found: list[dict[str, StoredTensor]] = [{} for _ in range(ranks)]
     for number, stage in enumerate(manifest["stages"]):
-        path = directory / stage["file"]
+        path, rank = directory / stage["file"], number % ranks
         arrays = checked_stage(path, stage["bytes"], manifest["id"], number)
-        fields = stage_fields(config, range(*stage["layers"]), quantization)
+        own = part_of(config, Share(rank, ranks) if ranks > 1 else None)
+        fields = stage_fields(own, range(*stage["layers"]), quantization)
         for tensor in _parts(path, arrays, fields):
             # A tied embedding is in the first stage and in the last.
-            tensors.setdefault(tensor.name, tensor)
-    return Checkpoint(directory, "sharded", tensors, quantization)
+            found[rank].setdefault(tensor.name, tensor)
+    if ranks == 1:
+        return Checkpoint(directory, "sharded", found[0], quantization)
+    tensors: dict[str, Tensor] = {}
+    for name, sizes in tensor_sizes(config, quantization).items():
+        parts = [tensors_of_rank[name] for tensors_of_rank in found]
+        tensors[name] = whole(parts, sizes, config)
+        if name.endswith(STORED_SCALE) and tensors[name] is parts[0]:
+            # Of whole rows, of which each rank has some columns and scales of its own.
+            tensors[name] = BandScales(tuple(parts))
+    bands = ranks if quantization is not None else 1
+    return Checkpoint(directory, "sharded", tensors, quantization, bands)
 
 
 def checked_stage(path: Path, nbytes: int, identity: str, stage: int) -> dict[str, StoredTensor]:
@@ -138,19 +163,31 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
                 f"{', '.join(MATRIX_DTYPES)}",
                 "Shard the original checkpoint again.",
             )
+        ranks, config = manifest[TENSOR_PARALLEL], load_config(directory)
+        if type(ranks) is not int or ranks < 1 or len(stages) % ranks:
+            raise ValueError(f"{len(stages)} files cannot be those of {ranks!r:.20} ranks a stage")
         layers = 0
-        for stage in stages:
+        for number, stage in enumerate(stages):
             first, last = stage["layers"]
             plain = Path(stage["file"]).name == stage["file"] and type(stage["bytes"]) is int
-            if first != layers or type(last) is not int or last <= first or not plain:
+            follows = first == layers if number % ranks == 0 else last == layers
+            if not follows or type(last) is not int or last <= first or not plain:
                 raise ValueError(f"stage {stage!r:.100} cannot be")
             layers = last
         if not isinstance(manifest["id"], str):
             raise ValueError("id is no text")
-        if layers != load_config(directory).num_hidden_layers:
+        if layers != config.num_hidden_layers:
             raise ValueError(f"its stages have {layers} layers, and config.json says otherwise")
+        check_tensor_parallel(config, ranks)
         return manifest
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        UsageError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise ModelError(f"{path}: not a manifest: {error!r}", INCOMPLETE) from error

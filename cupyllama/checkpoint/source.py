@@ -25,7 +25,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 # Numbers that mean nothing without a scale, so they are only ever bits; as safetensors spells them.
-QUANTIZED = {"F8_E4M3": np.dtype(np.uint8)}
+QUANTIZED = {"F8_E4M3": np.dtype(np.uint8), "I8": np.dtype(np.int8)}
 _DIGEST_SAMPLE = 4096
 _CONVERTED_BYTES = 32 << 20  # read at a time where bytes cannot go straight to their place
 INCOMPLETE = "Is the download complete?"
@@ -89,6 +89,15 @@ def numpy_dtype(tensor: Tensor) -> np.dtype:
     return dtype
 
 
+def stored_dtype(tensor: Tensor) -> np.dtype:
+    """The dtype that the tensor is stored as, quantized or not.
+
+    Raises:
+        ModelError: as `numpy_dtype`.
+    """
+    return QUANTIZED[tensor.dtype] if tensor.dtype in QUANTIZED else numpy_dtype(tensor)
+
+
 class Checkpoint:
     """The tensors of one model directory, by name. Several threads may read at once."""
 
@@ -98,16 +107,19 @@ class Checkpoint:
         form: str,
         tensors: Mapping[str, Tensor],
         quantization: str | None = None,
+        bands: int = 1,
     ):
         """
         Args:
             form: how the directory is laid out, as a manifest or a message calls it.
-            quantization: of the layers' matrices: None or fp8.
+            quantization: of the layers' matrices: None, fp8 or int8.
+            bands: of columns, into which o and down were cut before they were quantized.
         """
         self.directory = directory
         self.form = form
         self.tensors = tensors
         self.quantization = quantization
+        self.bands = bands
         self._bytes_read = 0
         self._lock = threading.Lock()
 
@@ -148,7 +160,9 @@ class Checkpoint:
             ModelError: as `read_into`.
         """
         tensor = self.tensors[name]
-        dtype = numpy_dtype(tensor)
+        dtype = QUANTIZED.get(tensor.dtype)
+        if dtype != out.dtype:  # bits are read as they are, or not at all
+            dtype = numpy_dtype(tensor)
         if dtype == out.dtype and out.flags.c_contiguous:
             tensor.read_rows(first, out, self._read)
             return
@@ -170,7 +184,7 @@ class Checkpoint:
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
             sha.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-            sha.update(_sample(tensor))
+            sha.update(sample_of(tensor))
         return sha.hexdigest()
 
     def _read(self, path: Path, offset: int, out: np.ndarray) -> None:
@@ -197,15 +211,15 @@ def read_bytes(path: Path, offset: int, out: np.ndarray) -> None:
         raise ModelError(f"{path}: {error.strerror}") from error
 
 
-def _sample(tensor: Tensor) -> bytes:
-    """The first bytes of a tensor, of whatever dtype."""
+def sample_of(tensor: Tensor) -> bytes:
+    """The first 4 KiB of a tensor, of whatever dtype."""
     if isinstance(tensor, StoredTensor):
         sample = np.empty(min(tensor.nbytes, _DIGEST_SAMPLE), np.uint8)
         read_bytes(tensor.path, tensor.offset, sample)
         return sample.tobytes()
     row = tensor.nbytes // tensor.shape[0]
     rows = min(tensor.shape[0], -(-_DIGEST_SAMPLE // row))
-    values = np.empty((rows, *tensor.shape[1:]), numpy_dtype(tensor))
+    values = np.empty((rows, *tensor.shape[1:]), stored_dtype(tensor))
     tensor.read_rows(0, values, read_bytes)
     return values.tobytes()[:_DIGEST_SAMPLE]
 
@@ -266,6 +280,9 @@ def gather_index(
 def open_checkpoint(directory: Path) -> Checkpoint:
     """The checkpoint in a directory, whatever its form, under Hugging Face's names of today.
 
+    Args:
+        directory: also a pattern for the names of the parts of a Metaseq checkpoint.
+
     Raises:
         ModelError: there is none, or its files are broken.
     """
@@ -279,8 +296,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _open(directory: Path) -> Checkpoint:
-    from cupyllama.checkpoint import meta, pytorch, safetensors, sharded
+    from cupyllama.checkpoint import meta, metaseq, pytorch, safetensors, sharded
+    from cupyllama.checkpoint.metaseq_parts import has_metaseq, names_parts
 
+    if names_parts(directory):
+        return Checkpoint(directory, "metaseq", metaseq.model_tensors(directory))
     if not directory.is_dir():
         raise ModelError(f"{directory}: no such directory", "--model takes a checkpoint directory.")
     if sharded.is_sharded(directory):
@@ -291,8 +311,11 @@ def _open(directory: Path) -> Checkpoint:
         return Checkpoint(directory, "pytorch", pytorch.directory_tensors(directory))
     if meta.has_meta(directory):
         return Checkpoint(directory, "meta", meta.directory_tensors(directory))
+    if has_metaseq(directory):
+        return Checkpoint(directory, "metaseq", metaseq.model_tensors(directory))
     raise ModelError(
         f"{directory}: has no weights: no model.safetensors, no pytorch_model.bin (or their "
-        "index), no consolidated.00.pth with params.json and no manifest.json",
+        "index), no consolidated.00.pth with params.json, no reshard-model_part-0.pt and no "
+        "manifest.json",
         INCOMPLETE,
     )

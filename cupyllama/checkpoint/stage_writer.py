@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyllama.checkpoint.e4m3 import quantized_rows
-from cupyllama.checkpoint.fields import SCALE, Field
+from cupyllama.checkpoint.eight_bit import quantized_rows
+from cupyllama.checkpoint.fields import KINDS, SCALE, Field
 from cupyllama.checkpoint.source import DTYPES, INCOMPLETE, QUANTIZED, Checkpoint, StoredTensor
 from cupyllama.errors import ModelError, OutputError
 
@@ -123,10 +123,10 @@ def _send_arrays(checkpoint: Checkpoint, arrays: Sequence[PlannedArray], pump: "
                 pump.send_bytes(scales.pop(array.name).view(np.uint8))
             elif array.dtype in QUANTIZED and checkpoint.quantization is None:
                 found = scales[array.name + SCALE] = np.empty(array.field.shape[0], np.float32)
-                row = 0
+                kind, row = KINDS[array.dtype], 0
                 for part in array.field.parts:
-                    for block in quantized_rows(checkpoint, part, pump.size, pool, cores):
-                        pump.send_bytes(block.values.reshape(-1))
+                    for block in quantized_rows(checkpoint, part, kind, pump.size, pool, cores):
+                        pump.send_bytes(block.values.reshape(-1).view(np.uint8))
                         found[row : row + len(block)] = block.scale
                         row += len(block)
             else:
@@ -141,7 +141,7 @@ def _copy_array(checkpoint: Checkpoint, array: PlannedArray, pump: "_Pump") -> N
             pump.copy(stored)
             checkpoint.count_bytes(stored.nbytes)
             continue
-        dtype = DTYPES[array.dtype]
+        dtype = (DTYPES | QUANTIZED)[array.dtype]
         row = prod(shape[1:]) * dtype.itemsize
         step = pump.size // row
         for first in range(0, shape[0], step):

@@ -22,6 +22,8 @@ _THOROUGH = (80, 90)
 PITCH = 128
 # The first with 8-bit floating point.
 FP8_ARCH = 89
+# What QUANTIZE of row.cuh is for each kind.
+_QUANTIZE = {"fp8": 1, "int8": 2}
 
 # attention_sm90.cu: keys of a step, on which bits depend, and neighbouring items that run together.
 STEP_KEYS = 64
@@ -108,8 +110,22 @@ def rmsnorm_constants(storage: str, hidden: int, quantize: bool = False) -> Cons
     return {"STORAGE": storage, "HIDDEN": hidden, "THREADS": threads, "QUANTIZE": int(quantize)}
 
 
-def quantize_constants(storage: str, columns: int) -> Constants:
-    return {"STORAGE": storage, "COLUMNS": columns, "THREADS": _row_threads(storage, columns)}
+def layernorm_constants(storage: str, hidden: int, quantize: bool = False) -> Constants:
+    return rmsnorm_constants(storage, hidden, quantize)
+
+
+def add_constants(storage: str, wide: int, wide_rows: bool = False) -> Constants:
+    """Of add.cu.  `wide_rows`: what is added to is float32, whatever STORAGE is."""
+    return {"STORAGE": storage, "ROWS_T": "float" if wide_rows else "storage_t", "WIDE": wide}
+
+
+def quantize_constants(storage: str, columns: int, kind: str = "fp8") -> Constants:
+    constants = {"STORAGE": storage, "COLUMNS": columns, "QUANTIZE": _QUANTIZE[kind]}
+    return constants | {"THREADS": _row_threads(storage, columns)}
+
+
+def dequantize_constants(storage: str, columns: int) -> Constants:
+    return {"STORAGE": storage, "COLUMNS": columns, "THREADS": 256, "SLOTS": 4}
 
 
 def swiglu_constants(storage: str, intermediate: int, quantize: bool = False) -> Constants:
@@ -227,6 +243,10 @@ def gemm_sm90_shared_bytes(constants: Constants) -> int:
     return constants["STAGES"] * ((constants["TILE_M"] + constants["TILE_N"]) * PITCH + 16)
 
 
+def sum_parts_constants(storage: str, count: int, ranks: int) -> Constants:
+    return {"STORAGE": storage, "WIDTH": pack_width(count, _ITEMSIZE[storage]), "RANKS": ranks}
+
+
 def log_probs_constants(vocab: int) -> Constants:
     return {"VOCAB": vocab, "THREADS": 512}
 
@@ -240,13 +260,20 @@ def variants(arch: int) -> Iterator[tuple[str, Constants]]:
     for storage in _ITEMSIZE:
         for hidden in (6656, 331):
             yield "rmsnorm.cu", rmsnorm_constants(storage, hidden)
+        for hidden in (9216, 331):
+            yield "layernorm.cu", layernorm_constants(storage, hidden)
         yield "rope.cu", rope_constants(storage, 128, 52, 52)
         yield "swiglu.cu", swiglu_constants(storage, 17920)
-        yield "bias.cu", {"STORAGE": storage, "OUT_T": "storage_t", "WIDE": 4096}
+        yield "sum_parts.cu", sum_parts_constants(storage, 8192, 4)
+        yield "add.cu", add_constants(storage, 7168)
+        for columns in (17920, 331):
+            yield "quantize.cu", quantize_constants(storage, columns, "int8")
+            yield "dequantize.cu", dequantize_constants(storage, columns)
         if arch >= FP8_ARCH:
             for columns in (17920, 331):
                 yield "quantize.cu", quantize_constants(storage, columns)
                 yield "rmsnorm.cu", rmsnorm_constants(storage, columns, quantize=True)
+                yield "layernorm.cu", layernorm_constants(storage, columns, quantize=True)
                 yield "swiglu.cu", swiglu_constants(storage, columns, quantize=True)
         if arch == 90 and storage != "FP32":
             for fp8 in (False, True):
@@ -263,8 +290,9 @@ def variants(arch: int) -> Iterator[tuple[str, Constants]]:
                     yield "attention_sm90.cu", attention_sm90_constants(*heads, item_queries)
     if arch in _THOROUGH:
         yield "rope.cu", rope_constants("FP16", 100, 32, 32)
-        yield "bias.cu", {"STORAGE": "FP16", "OUT_T": "float", "WIDE": 331}
+        yield "add.cu", add_constants("FP16", 331, wide_rows=True)
         yield "swiglu.cu", swiglu_constants("FP16", 331)
+        yield "sum_parts.cu", sum_parts_constants("BF16", 331, 8)
 
 
 def _head_dims(arch: int) -> tuple[int, ...]:

@@ -13,18 +13,12 @@
 //
 // A row's bits depend on nothing but the row and w: every tile sums k in one order.
 //
-// Registers of wgmma.m64n256 (PTX ISA, 9.7.15): with w = warp % 4, g = lane / 4 and t = lane % 4,
-// sum[4 * j + i] is row 16 * w + g + i / 2 * 8, column 8 * j + 2 * t + i % 2.
-#include "common.cuh"
+// Registers: sum[4 * j + i] is row 16 * w + g + i / 2 * 8, column 8 * j + 2 * t + i % 2, with
+// w = warp % 4 and g and t as in hopper.cuh.
+#include "hopper.cuh"
 
 #define SWIGLU 1
 #define ROPE 2
-
-struct alignas(64) TensorMap {
-    char opaque[128];
-};
-
-typedef unsigned long long descriptor_t;
 
 constexpr int CONSUMERS = 2;
 constexpr int THREADS = 128 * (1 + CONSUMERS);
@@ -36,9 +30,6 @@ constexpr int X_BYTES = TILE_M * PITCH;
 constexpr int W_BYTES = TILE_N * PITCH;
 constexpr int FULL = STAGES * (X_BYTES + W_BYTES);  // where the barriers lie in shared memory
 constexpr int EMPTY = FULL + 8 * STAGES;
-// 128 * 40 + 256 * 232 is what a multiprocessor has, in steps of 8.
-#define PRODUCER_REGISTERS "40"
-#define CONSUMER_REGISTERS "232"
 static_assert(TILE_M == 64 * CONSUMERS && TILE_N == 256 && CLUSTER == 2, "");
 
 struct Tile {
@@ -60,18 +51,6 @@ __device__ inline Tile tile_at(int index, int m, int n, int rank)
     return {((first + inside % rows) * CLUSTER + rank) * TILE_M, column * OUT_N};
 }
 
-__device__ inline void wait(unsigned barrier, unsigned parity)
-{
-    unsigned done;
-    do {
-        asm volatile("{\n"
-                     ".reg .pred done;\n"
-                     "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, done;\n"
-                     "}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-    } while (!done);
-}
-
 // The stage of the ring that is next, and the parity of its barriers' current phase.
 struct Place {
     int stage = 0;
@@ -85,29 +64,6 @@ struct Place {
 
     __device__ inline int before() const { return stage ? stage - 1 : STAGES - 1; }
 };
-
-__device__ inline void cluster_sync()
-{
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// Half a tile's rows of w, to the same place in both blocks, whose own barriers count the bytes.
-__device__ inline void fetch_w(
-    unsigned to, const TensorMap &w, unsigned barrier, int k_byte, int row)
-{
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-                 :: "r"(to), "l"(&w), "r"(k_byte), "r"(row), "r"(barrier),
-                    "h"((unsigned short)((1 << CLUSTER) - 1)) : "memory");
-}
-
-__device__ inline void fetch_x(
-    unsigned to, const TensorMap &x, unsigned barrier, int k_byte, int row)
-{
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-                 " [%0], [%1, {%2, %3}], [%4];"
-                 :: "r"(to), "l"(&x), "r"(k_byte), "r"(row), "r"(barrier) : "memory");
-}
 
 // What one thread of warpgroup 0 does.  Either block awaits a whole stage, whoever fetches it; what
 // the other fetches may come before expect_tx: the phase still lacks the arrival.
@@ -127,99 +83,52 @@ __device__ inline void produce(
             const unsigned w_at = shared + STAGES * X_BYTES + place.stage * W_BYTES;
             // Of a fresh barrier the phase before the first counts as complete.
             wait(shared + EMPTY + 8 * place.stage, place.parity ^ 1);
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                         :: "r"(full), "r"(X_BYTES + W_BYTES) : "memory");
-            fetch_x(x_at, x, full, block * PITCH, tile.row);
-            fetch_w(w_at + rank * (W_BYTES / CLUSTER), w, full, block * PITCH, w_row);
+            arrive_expecting(full, X_BYTES + W_BYTES);
+            copy_box(x_at, x, tile.row, block * PITCH, full);
+            copy_box_to_all(
+                w_at + rank * (W_BYTES / CLUSTER), w, w_row, block * PITCH, full, CLUSTER);
         }
     }
 }
 
-#define SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
-#define SUMS_64(i) SUMS_16(i), SUMS_16(i + 16), SUMS_16(i + 32), SUMS_16(i + 48)
-
-#if FP8
-#define WGMMA "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 "
-#define WGMMA_END ", %128, %129, add, 1, 1;\n}"
-#elif STORAGE == FP16
-#define WGMMA "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
-#define WGMMA_END ", %128, %129, add, 1, 1, 0, 0;\n}"
-#else
-#define WGMMA "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-#define WGMMA_END ", %128, %129, add, 1, 1, 0, 0;\n}"
-#endif
-
-// d += x w^T, or = where `add` is 0, for 64 rows and 256 columns over 32 bytes of k.
-__device__ inline void wgmma(float (&d)[SUMS], descriptor_t x, descriptor_t w, int add)
+// Rows of 128 bytes, of which one multiply() takes 32.
+__device__ inline unsigned long long rows_at(unsigned address)
 {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n" WGMMA
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, "
-        "%37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, "
-        "%55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, "
-        "%73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, "
-        "%91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, "
-        "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, "
-        "%122, %123, %124, %125, %126, %127}" WGMMA_END
-        : SUMS_64(0), SUMS_64(64)
-        : "l"(x), "l"(w), "r"(add));
+    return matrix((address & 0x3ffff) / 16 | 1 << 16);  // above: which block of the cluster
 }
 
-// K-major rows of 128 bytes in 128-byte swizzle: 1024 bytes from 8 rows to the next 8.
-__device__ inline descriptor_t describe(unsigned address)
+// This warp is done with a stage: `empty` are the barriers of the block to which this lane brings
+// the news, for either writes into the stages of both.
+__device__ inline void release_stage(unsigned empty, int stage)
 {
-    return (descriptor_t)1 << 62 | (descriptor_t)(1024 >> 4) << 32 | (descriptor_t)1 << 16 |
-           (address & 0x3ffff) >> 4;  // above are bits that say which block of the cluster
-}
-
-// Address of the empty barriers of the block to which this lane brings the news: either writes into
-// the stages of both.
-__device__ inline unsigned empty_barriers(unsigned shared)
-{
-    unsigned address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(address) : "r"(shared + EMPTY), "r"(threadIdx.x % CLUSTER));
-    return address;
-}
-
-// This warp is done with a stage.
-__device__ inline void release(unsigned empty, int stage)
-{
-    // Not .release.cluster: nothing was written, and its fence over the GPU takes long.
-    if (threadIdx.x % 32 < CLUSTER)
-        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(empty + 8 * stage)
-                     : "memory");
+    if (threadIdx.x % 32 < CLUSTER) arrive_in_block(empty + 8 * stage);
 }
 
 // Begin the sums of a tile, for this warpgroup's rows; they are there after drain().
-__device__ inline void multiply(
+__device__ inline void multiply_tile(
     float (&sum)[SUMS], Place &place, unsigned shared, unsigned empty, int consumer, int blocks)
 {
     for (int block = 0; block < blocks; block++) {
-        const descriptor_t x = describe(shared + place.stage * X_BYTES + consumer * 64 * PITCH);
-        const descriptor_t w = describe(shared + STAGES * X_BYTES + place.stage * W_BYTES);
+        const auto x = rows_at(shared + place.stage * X_BYTES + consumer * 64 * PITCH);
+        const auto w = rows_at(shared + STAGES * X_BYTES + place.stage * W_BYTES);
         wait(shared + FULL + 8 * place.stage, place.parity);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        begin();
 #pragma unroll
         for (int step = 0; step < STEPS; step++)
-            wgmma(sum, x + (step * 32 >> 4), w + (step * 32 >> 4), step || block);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            multiply(sum, x + step * 32 / 16, w + step * 32 / 16, step || block);
+        commit();
         // All but what was just begun: the stage before is free.
-        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-        if (block) release(empty, place.before());
+        finish<1>();
+        if (block) release_stage(empty, place.before());
         place.advance();
     }
 }
 
 __device__ inline void drain(float (&sum)[SUMS], const Place &place, unsigned empty)
 {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    release(empty, place.before());
-    // Keep the compiler from reading sums before the wait.
-#pragma unroll
-    for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(sum[i]) :: "memory");
+    finish<0>();
+    release_stage(empty, place.before());
+    pin(sum);
 }
 
 // The two rows of y, g and g + 8 of a warp's 16, that a lane has numbers of.
@@ -308,35 +217,6 @@ __device__ inline void rotate(float (&sum)[SUMS], const Turn &turn, int columns)
 // __fdividef is 0 by 2^126 and above, and by infinity if exp(-gate) overflows: as it should be.
 __device__ inline float silu(float gate) { return __fdividef(gate, 1 + __expf(-gate)); }
 
-__device__ inline unsigned two(float low, float high)
-{
-    unsigned word;
-#if STORAGE == FP16
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-#endif
-    return word;
-}
-
-// A 4 x 4 transpose over the lanes of a quad: lane t's word i goes to lane i's word t.
-__device__ inline void transpose(unsigned (&word)[4])
-{
-    const int lane = threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        const unsigned got = __shfl_xor_sync(ALL_LANES, lane & 1 ? word[i] : word[i + 1], 1);
-        word[i] = lane & 1 ? got : word[i];
-        word[i + 1] = lane & 1 ? word[i + 1] : got;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const unsigned got = __shfl_xor_sync(ALL_LANES, lane & 2 ? word[i] : word[i + 2], 2);
-        word[i] = lane & 2 ? got : word[i];
-        word[i + 2] = lane & 2 ? word[i + 2] : got;
-    }
-}
-
 // Round and write 64 rows of a tile: a lane has 16 bytes of each 32 columns, once transposed.
 __device__ inline void store_tile(
     storage_t *y, const float (&sum)[SUMS], const Rows &rows, int column, int n)
@@ -357,7 +237,7 @@ __device__ inline void store_tile(
                 low = silu(low) * sum[SUMS / 2 + at];
                 high = silu(high) * sum[SUMS / 2 + at + 1];
 #endif
-                word[j] = two(low, high);
+                word[j] = bits(low, high);
             }
             transpose(word);
             if (rows.real[half] && column + 32 * group < n)
@@ -380,28 +260,25 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     extern __shared__ __align__(1024) char memory[];
     const unsigned shared = __cvta_generic_to_shared(memory);
     const int warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / 128, 0);
-    int rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    const int rank = cluster_rank();
 
     if (threadIdx.x == 0) {
         if (shared % 1024) __trap();  // the swizzle goes by address
         for (int stage = 0; stage < STAGES; stage++) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared + FULL + 8 * stage)
-                         : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
-                         :: "r"(shared + EMPTY + 8 * stage), "r"(CLUSTER * CONSUMERS * 4)
-                         : "memory");
+            init_barrier(shared + FULL + 8 * stage, 1);
+            init_barrier(shared + EMPTY + 8 * stage, CLUSTER * CONSUMERS * 4);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        publish_barriers();
     }
     cluster_sync();
 
+    // 128 * 40 + 256 * 232 is what a multiprocessor has, in steps of 8.
     if (warpgroup == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 " PRODUCER_REGISTERS ";");
+        give_registers_back<40>();
         if (threadIdx.x == 0) produce(shared, x, w, m, n, blocks, rank);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 " CONSUMER_REGISTERS ";");
-        const unsigned empty = empty_barriers(shared);
+        take_registers<232>();
+        const unsigned empty = in_block(threadIdx.x % CLUSTER, shared + EMPTY);
         const int tiles = tiles_down(m) * tiles_across(n), consumer = warpgroup - 1;
         float sum[SUMS] = {};
         Place place;
@@ -418,7 +295,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #if EPILOGUE == ROPE
             const int position[2] = {positions[rows.at[0]], positions[rows.at[1]]};
 #endif
-            multiply(sum, place, shared, empty, consumer, blocks);
+            multiply_tile(sum, place, shared, empty, consumer, blocks);
 #if EPILOGUE == ROPE
             Turn turn;
             // On its way while the last stage is multiplied; the scales need the registers before.

@@ -3,6 +3,9 @@
 // One pass over the vocabulary: peak, sum of exponentials and arg max together; log-probabilities of
 // other tokens are never written.  One block of THREADS a logit row; a row without targets costs
 // nothing.  A NaN among the logits makes the sum NaN, and with it every target of the row.
+//
+// Where ranks have VOCAB tokens each, log_probs_part writes what theirs say of every target, and
+// join_log_probs, a thread a row, makes of all parts what log_probs would of all the vocabulary.
 #define STORAGE FP32
 #include "common.cuh"
 
@@ -35,17 +38,8 @@ __device__ inline Best merge_warp(Best best)
     return best;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) log_probs(
-    float *__restrict__ out,               // (2, targets)
-    const float *__restrict__ logits,      // (rows, VOCAB)
-    const int *__restrict__ target_start,  // (rows + 1,)
-    const int *__restrict__ target_token,  // (targets,)
-    int targets)
+__device__ inline Best best_of(const float *row)  // the same in every thread of the block
 {
-    const int first_target = target_start[blockIdx.x], end_target = target_start[blockIdx.x + 1];
-    if (first_target == end_target) return;
-    const float *row = logits + (size_t)blockIdx.x * VOCAB;
-
     Best best = {LOWEST, 0, VOCAB};
 #pragma unroll 4
     for (int i = threadIdx.x * WIDTH; i < VOCAB; i += THREADS * WIDTH) {
@@ -72,11 +66,71 @@ extern "C" __global__ void __launch_bounds__(THREADS) log_probs(
     __syncthreads();
     best = partial[0];
     for (int warp = 1; warp < THREADS / 32; warp++) best = merge(best, partial[warp]);
+    return best;
+}
 
+extern "C" __global__ void __launch_bounds__(THREADS) log_probs(
+    float *__restrict__ out,               // (2, targets)
+    const float *__restrict__ logits,      // (rows, VOCAB)
+    const int *__restrict__ target_start,  // (rows + 1,)
+    const int *__restrict__ target_token,  // (targets,)
+    int targets)
+{
+    const int first_target = target_start[blockIdx.x], end_target = target_start[blockIdx.x + 1];
+    if (first_target == end_target) return;
+    const float *row = logits + (size_t)blockIdx.x * VOCAB;
+    const Best best = best_of(row);
     const float log_sum = logf(best.sum);
     for (int target = first_target + threadIdx.x; target < end_target; target += THREADS) {
         const int token = target_token[target];
         out[target] = row[token] - best.peak - log_sum;
         out[targets + target] = token == best.token;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) log_probs_part(
+    float *__restrict__ out,               // (4, targets): peak, sum, token and the target's logit
+    const float *__restrict__ logits,      // (rows, VOCAB)
+    const int *__restrict__ target_start,  // (rows + 1,)
+    const int *__restrict__ target_token,  // (targets,)
+    int targets,
+    int first_token)
+{
+    const int first_target = target_start[blockIdx.x], end_target = target_start[blockIdx.x + 1];
+    if (first_target == end_target) return;
+    const float *row = logits + (size_t)blockIdx.x * VOCAB;
+    const Best best = best_of(row);
+    for (int target = first_target + threadIdx.x; target < end_target; target += THREADS) {
+        const int column = target_token[target] - first_token;
+        out[target] = best.peak;
+        out[targets + target] = best.sum;
+        out[2 * (size_t)targets + target] = first_token + best.token;  // exact below 2^24
+        out[3 * (size_t)targets + target] = column >= 0 && column < VOCAB ? row[column] : 0;
+    }
+}
+
+extern "C" __global__ void join_log_probs(
+    float *__restrict__ out,               // (2, targets)
+    const float *__restrict__ parts,       // (ranks, 4, targets), as log_probs_part wrote them
+    const int *__restrict__ target_start,  // (rows + 1,)
+    const int *__restrict__ target_token,  // (targets,)
+    int ranks,
+    int rows,
+    int targets)
+{
+    const int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= rows) return;
+    const int end_target = target_start[row + 1];
+    for (int target = target_start[row]; target < end_target; target++) {
+        Best best = {LOWEST, 0, 1 << 30};
+        float logit = 0;
+        for (int rank = 0; rank < ranks; rank++) {
+            const float *part = parts + (size_t)rank * 4 * targets + target;
+            const size_t next = targets;
+            best = merge(best, {part[0], part[next], (int)part[2 * next]});
+            logit += part[3 * next];
+        }
+        out[target] = logit - best.peak - logf(best.sum);
+        out[targets + target] = target_token[target] == best.token;
     }
 }

@@ -3,6 +3,8 @@
 Each file has three classes, and `cupyllama.families` names the files. LayerWeights, of one decoder
 layer, and StageWeights(layers, …), of a contiguous slice of them, have the fields of the family's
 name table, None for what a model has not; matrices may be `Quantized`.
-Stage(config, weights, ops, positions) takes micro-batches through the slice by forward(batch,
-hidden). What crosses from stage to stage is one tensor, the residual stream, (tokens, hidden).
+Stage(config, weights, ops, positions, group) takes micro-batches through the slice by
+forward(batch, hidden). Where ranks share the matrices, config and weights are those of one of them,
+and `group.linear` and `group.log_probs` give all of them what `ops` would of the whole. What
+crosses from stage to stage is one tensor, the residual stream, (tokens, hidden).
 """

@@ -9,9 +9,10 @@ import numpy as np
 from cupyllama.config import ModelConfig
 from cupyllama.model.rope import rope_tables
 from cupyllama.packing import PADDING_SEGMENT, MicroBatch
-from cupyllama.quantized import Quantized
+from cupyllama.quantized import Quantized, quantizes_activations
 
 Array = Any  # numpy.ndarray or cupy.ndarray: whatever `ops` works on
+Group = Any  # cupyllama.parallel.group.Group
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,23 @@ class StageWeights:
 class Stage:
     """A contiguous slice of the decoder layers, with the ends of the model that it has."""
 
-    def __init__(self, config: ModelConfig, weights: StageWeights, ops: ModuleType, positions: int):
-        """`positions`: the longest row that will be fed, in tokens."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: StageWeights,
+        ops: ModuleType,
+        positions: int,
+        group: Group | None = None,
+    ):
+        """
+        Args:
+            positions: the longest row that will be fed, in tokens.
+            group: of the ranks that have parts of the matrices; None: they are whole.
+        """
         self.config = config
         self.weights = weights
         self.ops = ops
+        self.group = group or ops  # what is whole needs no more than the operations themselves
         tables = rope_tables(config, max(positions, PADDING_SEGMENT))  # padding has positions too
         self.cos, self.sin = (ops.to_device(table) for table in tables)
 
@@ -69,7 +82,7 @@ class Stage:
     def mix(self, layer: LayerWeights, batch: MicroBatch, hidden: Array) -> Array:
         """What attention finds for each token: (tokens, hidden) -> (tokens, q)."""
         ops, config = self.ops, self.config
-        eight_bit = isinstance(layer.qkv_proj, Quantized)
+        eight_bit = quantizes_activations(layer.qkv_proj)
         normed = ops.rmsnorm(hidden, layer.input_layernorm, config.rms_norm_eps, eight_bit)
         heads = (config.num_attention_heads, config.num_key_value_heads)
         turn = (batch.positions, self.cos, self.sin, *heads)
@@ -79,11 +92,11 @@ class Stage:
     def transform(self, layer: LayerWeights, mixed: Array, hidden: Array) -> Array:
         """The rest of the layer, token by token: (tokens, q), (tokens, hidden) -> the last."""
         ops, config = self.ops, self.config
-        eight_bit = isinstance(layer.gate_up_proj, Quantized)
-        hidden = ops.linear(mixed, layer.o_proj, layer.o_bias, residual=hidden)
+        eight_bit = quantizes_activations(layer.gate_up_proj)
+        hidden = self.group.linear(mixed, layer.o_proj, layer.o_bias, residual=hidden)
         normed = ops.rmsnorm(hidden, layer.post_attention_layernorm, config.rms_norm_eps, eight_bit)
         gated = ops.linear_swiglu(normed, layer.gate_up_proj, eight_bit, hidden.dtype)
-        return ops.linear(gated, layer.down_proj, residual=hidden)
+        return self.group.linear(gated, layer.down_proj, residual=hidden)
 
     def log_probs(self, layer: LayerWeights, batch: MicroBatch, hidden: Array) -> Array:
         """The last layer and the head, on rows with targets alone: (2, targets) float32.
@@ -99,6 +112,6 @@ class Stage:
             normed = ops.rmsnorm(chosen, weights.norm, self.config.rms_norm_eps)
             logits = ops.linear(normed, weights.lm_head, out_dtype=np.float32)
             target_start = batch.target_start[first : first + len(rows) + 1]
-            ops.log_probs(logits, target_start, batch.target_token, out)
+            self.group.log_probs(logits, target_start, batch.target_token, out)
             del logits  # hundreds of megabytes, which the next chunk can have
         return out

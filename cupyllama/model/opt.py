@@ -8,9 +8,10 @@ import numpy as np
 
 from cupyllama.config_opt import POSITION_OFFSET, OptConfig
 from cupyllama.packing import MicroBatch
-from cupyllama.quantized import Quantized
+from cupyllama.quantized import Quantized, quantizes_activations
 
 Array = Any  # numpy.ndarray or cupy.ndarray: whatever `ops` works on
+Group = Any  # cupyllama.parallel.group.Group
 
 LAYER_NORM_EPS = 1e-5  # which config.json does not say
 
@@ -57,12 +58,24 @@ class Stage:
     residual sum.
     """
 
-    def __init__(self, config: OptConfig, weights: StageWeights, ops: ModuleType, positions: int):
-        """`positions`: the longest row that will be fed, in tokens."""
+    def __init__(
+        self,
+        config: OptConfig,
+        weights: StageWeights,
+        ops: ModuleType,
+        positions: int,
+        group: Group | None = None,
+    ):
+        """
+        Args:
+            positions: the longest row that will be fed, in tokens.
+            group: of the ranks that have parts of the matrices; None: they are whole.
+        """
         assert positions <= config.max_position_embeddings  # gather looks at no bounds
         self.config = config
         self.weights = weights
         self.ops = ops
+        self.group = group or ops  # what is whole needs no more than the operations themselves
 
     def forward(self, batch: MicroBatch, hidden: Array | None = None) -> Array:
         """One micro-batch through this stage.
@@ -95,7 +108,7 @@ class Stage:
         ops, heads = self.ops, self.config.num_attention_heads
         normed = hidden
         if self.config.do_layer_norm_before:
-            eight_bit = isinstance(layer.qkv_proj, Quantized)
+            eight_bit = quantizes_activations(layer.qkv_proj)
             norm = layer.self_attn_layer_norm, layer.self_attn_layer_norm_bias
             normed = ops.layernorm(hidden, *norm, LAYER_NORM_EPS, eight_bit)
         qkv = ops.linear(normed, layer.qkv_proj, layer.qkv_bias, out_dtype=hidden.dtype)
@@ -103,8 +116,8 @@ class Stage:
 
     def transform(self, layer: LayerWeights, mixed: Array, hidden: Array) -> Array:
         """The rest of the layer, token by token: (tokens, hidden) twice -> the same."""
-        ops, eight_bit = self.ops, isinstance(layer.fc1, Quantized)
-        hidden = ops.linear(mixed, layer.out_proj, layer.out_bias, residual=hidden)
+        ops, eight_bit = self.ops, quantizes_activations(layer.fc1)
+        hidden = self.group.linear(mixed, layer.out_proj, layer.out_bias, residual=hidden)
         norm = layer.final_layer_norm, layer.final_layer_norm_bias
         if self.config.do_layer_norm_before:
             normed = ops.layernorm(hidden, *norm, LAYER_NORM_EPS, eight_bit)
@@ -115,9 +128,9 @@ class Stage:
 
     def feed_forward(self, layer: LayerWeights, x: Array | Quantized, residual: Array) -> Array:
         """fc2 · ReLU(fc1 · x) + residual: (tokens, hidden) twice -> the same."""
-        ops, eight_bit = self.ops, isinstance(layer.fc2, Quantized)
+        ops, eight_bit = self.ops, quantizes_activations(layer.fc2)
         inner = ops.linear_relu(x, layer.fc1, layer.fc1_bias, eight_bit, residual.dtype)
-        return ops.linear(inner, layer.fc2, layer.fc2_bias, residual=residual)
+        return self.group.linear(inner, layer.fc2, layer.fc2_bias, residual=residual)
 
     def log_probs(self, layer: LayerWeights, batch: MicroBatch, hidden: Array) -> Array:
         """The last layer and the head, on rows with targets alone: (2, targets) float32.
@@ -137,6 +150,6 @@ class Stage:
                 chosen = ops.linear(chosen, weights.project_out)
             logits = ops.linear(chosen, weights.lm_head, out_dtype=np.float32)
             target_start = batch.target_start[first : first + len(rows) + 1]
-            ops.log_probs(logits, target_start, batch.target_token, out)
+            self.group.log_probs(logits, target_start, batch.target_token, out)
             del logits  # hundreds of megabytes, which the next chunk can have
         return out

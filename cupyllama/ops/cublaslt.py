@@ -23,6 +23,8 @@ DATA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14, "float8_e4m3": 28}
 # Of cublasLt.h
 _COMPUTE_32F = 68
 _TRANSPOSE_A, _TRANSPOSE_B = 3, 4
+_EPILOGUE, _BIAS_POINTER, _BIAS_DATA_TYPE = 7, 8, 26
+_RELU, _BIAS = 2, 4  # epilogues, and their sum is both of them
 _A_SCALE, _B_SCALE = 17, 18
 _FAST_ACCUM = 25
 _A_SCALE_MODE, _B_SCALE_MODE = 31, 32
@@ -41,6 +43,7 @@ _ALGORITHM_ATTRIBUTES = {
     "cluster": 8,
 }
 _STATUS = {1: "not initialised", 3: "out of memory", 7: "invalid value", 15: "not supported"}
+_REFUSALS = (7, 15)  # of a product, by a library that is well
 
 _ONE, _ZERO = c_float(1), c_float(0)
 
@@ -48,7 +51,8 @@ _ONE, _ZERO = c_float(1), c_float(0)
 class Product(NamedTuple):
     """y (m, n) = x (m, k) · weight (n, k)ᵀ, or y += with `accumulate`; names of DATA_TYPES.
 
-    Operands of 8 bits have a float32 scale for each row of x and of weight.
+    Operands of 8 bits have a float32 scale for each row of x and of weight. A bias (n,) is added
+    before the result is rounded, and then `relu` leaves nothing below 0.
     """
 
     m: int
@@ -57,6 +61,8 @@ class Product(NamedTuple):
     operands: str
     result: str
     accumulate: bool = False
+    bias: str | None = None
+    relu: bool = False
     alignment: int = 256  # bytes, of all addresses
 
 
@@ -138,6 +144,8 @@ class Plan:
             self._set(_A_SCALE_MODE, c_int(_OUTER_VECTOR))
             self._set(_B_SCALE_MODE, c_int(_OUTER_VECTOR))
             self._set_scales(self.workspace, self.workspace)  # some must be there to be asked for
+        if product.bias is not None or product.relu:
+            self._set_epilogue(product)
         # cuBLAS is column-major and sees transposes: yᵀ (n, m) = weight (n, k) · xᵀ (k, m).
         self.a, self.b = _layout(operand, k, n), _layout(operand, k, m)
         self.d = _layout(result, n, m)
@@ -159,6 +167,15 @@ class Plan:
     def _set_scales(self, x: int, weight: int) -> None:
         self._set(_A_SCALE, c_void_p(weight))
         self._set(_B_SCALE, c_void_p(x))
+
+    def _set_epilogue(self, product: Product) -> None:
+        # A bias is one number for each row of the result, and rows are n: cuBLAS sees transposes.
+        epilogue = (_BIAS if product.bias is not None else 0) + (_RELU if product.relu else 0)
+        self._set(_EPILOGUE, c_uint32(epilogue))
+        if product.bias is not None:
+            # Left unsaid, of 8-bit operands it would be a 16-bit type.
+            self._set(_BIAS_DATA_TYPE, c_int(DATA_TYPES[product.bias]))
+            self._set(_BIAS_POINTER, c_void_p(self.workspace))  # as the scales above
 
     def _heuristics(self, count: int, alignment: int) -> list[_Heuristic]:
         preference = c_void_p()
@@ -197,8 +214,11 @@ class Plan:
         weight: cupy.ndarray,
         x_scale: cupy.ndarray | None = None,
         weight_scale: cupy.ndarray | None = None,
+        bias: cupy.ndarray | None = None,
     ) -> None:
         """Queue the product on the current stream."""
+        if bias is not None:
+            self._set(_BIAS_POINTER, c_void_p(bias.data.ptr))
         if x_scale is not None:
             self._set_scales(x_scale.data.ptr, weight_scale.data.ptr)
         status = self.matmul(
@@ -232,3 +252,15 @@ def alignment(addresses: int) -> int:
 def plan(product: Product, device: int) -> Plan:
     """The plan of a product: the same one, and so the same bits, in every process."""
     return Plan(product, device)
+
+
+@cache
+def supports(product: Product, device: int) -> bool:
+    """Whether there is an algorithm for it: not all types have every epilogue."""
+    try:
+        plan(product, device)
+    except CublasLtError as error:
+        if error.status not in _REFUSALS:
+            raise
+        return False
+    return True

@@ -24,7 +24,7 @@ from cupyllama.ops.attention import (  # noqa: F401
 from cupyllama.ops.attention_plan import QUERY_TILE, attention_arrays, item_queries  # noqa: F401
 from cupyllama.ops.gemm import gemm
 from cupyllama.packing import MicroBatch
-from cupyllama.quantized import Quantized
+from cupyllama.quantized import VALUE_DTYPES, Quantized
 
 # Of a tile of a matrix product, and few: the last micro-batch is hardly longer than its text.
 TOKEN_MULTIPLE = 128
@@ -158,23 +158,58 @@ def gather(rows: Array, table: Array) -> Array:
     return out
 
 
-def quantize(x: Array, out: Quantized | None = None) -> Quantized:
-    """Rows as e4m3, each with a scale: (rows, columns); see `reference.quantize`."""
+def quantize(x: Array, out: Quantized | None = None, kind: str = "fp8") -> Quantized:
+    """Rows as numbers of 8 bits, each row with a scale: (rows, columns); see `reference.quantize`.
+
+    Args:
+        kind: fp8 or int8, where there is no `out` to show it.
+    """
     rows, columns = x.shape
     check(x, x.dtype, (rows, columns))
     if out is None:
-        out = _quantized(rows, columns)
-    check(out.values, np.uint8, (rows, columns))
+        out = _quantized(rows, columns, kind)
+    check(out.values, VALUE_DTYPES[out.kind], (rows, columns))
     check(out.scale, np.float32, (rows,))
     if x.size:
-        constants = kernels.quantize_constants(storage(x), columns)
+        constants = kernels.quantize_constants(storage(x), columns, out.kind)
         launch = kernel("quantize.cu", "quantize", **constants)
         launch((rows,), (constants["THREADS"],), (out.values, out.scale, x))
     return out
 
 
-def _quantized(rows: int, columns: int) -> Quantized:
-    return Quantized(cupy.empty((rows, columns), np.uint8), cupy.empty(rows, np.float32))
+def dequantize(matrix: Quantized, dtype: np.dtype) -> Array:
+    """What int8 stands for, as `dtype`: (rows, columns); see `reference.dequantize`."""
+    rows, columns = matrix.shape
+    check(matrix.values, np.int8, (rows, columns))
+    check(matrix.scale, np.float32, (rows,))
+    out = cupy.empty((rows, columns), dtype)
+    if out.size:
+        constants = kernels.dequantize_constants(storage(out), columns)
+        packs = out.size // kernels.pack_width(columns, out.itemsize)
+        blocks = -(-packs // (constants["THREADS"] * constants["SLOTS"]))
+        launch = kernel("dequantize.cu", "dequantize", **constants)
+        arguments = (out, matrix.values, matrix.scale, np.uint32(packs))
+        launch((blocks,), (constants["THREADS"],), arguments)
+    return out
+
+
+def _quantized(rows: int, columns: int, kind: str = "fp8") -> Quantized:
+    values = cupy.empty((rows, columns), VALUE_DTYPES[kind])
+    return Quantized(values, cupy.empty(rows, np.float32))
+
+
+def _operands(
+    x: Array | Quantized, weight: Array | Quantized
+) -> tuple[Array | Quantized, Array | Quantized]:
+    """Both as a product takes them: both quantized, or both arrays.
+
+    Beside an int8 weight in the dtype of x, in memory that the pool has again after the product.
+    """
+    if not isinstance(weight, Quantized):
+        return x, weight
+    if weight.kind == "int8":
+        return x, dequantize(weight, x.dtype)
+    return x if isinstance(x, Quantized) else quantize(x), weight
 
 
 def _results(rows: int, columns: int, dtype: np.dtype, quantized: bool) -> tuple[Any, tuple]:
@@ -199,6 +234,34 @@ def rmsnorm(x: Array, weight: Array, eps: float, quantized: bool = False) -> Arr
     return out
 
 
+def layernorm(
+    x: Array, weight: Array, bias: Array, eps: float, quantized: bool = False
+) -> Array | Quantized:
+    """(x - mean(x)) / sqrt(var(x) + eps) · weight + bias: (tokens, hidden) -> the same."""
+    tokens, hidden = x.shape
+    check(x, x.dtype, (tokens, hidden))
+    check(weight, x.dtype, (hidden,))
+    check(bias, x.dtype, (hidden,))
+    out, written = _results(tokens, hidden, x.dtype, quantized)
+    if x.size:
+        constants = kernels.layernorm_constants(storage(x), hidden, quantized)
+        launch = kernel("layernorm.cu", "layernorm", **constants)
+        launch((tokens,), (constants["THREADS"],), (*written, x, weight, bias, np.float32(eps)))
+    return out
+
+
+def add(x: Array, y: Array) -> Array:
+    """x + y, in the memory of x: (tokens, hidden) each."""
+    tokens, hidden = x.shape
+    check(x, x.dtype, (tokens, hidden))
+    check(y, x.dtype, (tokens, hidden))
+    if x.size:
+        launch = kernel("add.cu", "add", **kernels.add_constants(storage(x), hidden))
+        packs = hidden // kernels.pack_width(hidden, x.itemsize)
+        launch((tokens, _blocks(packs)), (256,), (x, y))
+    return x
+
+
 def linear(
     x: Array | Quantized,
     weight: Array | Quantized,
@@ -208,8 +271,7 @@ def linear(
 ) -> Array:
     """x · weightᵀ + bias + residual: (tokens, in), (out, in), (out,), (tokens, out) -> the last.
 
-    The result takes the memory of `residual`, where there is one.  With `bias` too their sum is
-    rounded to the stored type before the product is added: one rounding more than `reference`.
+    The result takes the memory of `residual`, where there is one.
     """
     if out_dtype is None:
         out_dtype = x.dtype if residual is None else residual.dtype
@@ -219,12 +281,27 @@ def linear(
     out = cupy.empty(shape, dtype) if residual is None else residual
     if not out.size:
         return out
-    if isinstance(weight, Quantized) and not isinstance(x, Quantized):
-        x = quantize(x)
-    if bias is not None:
-        _put_bias(out, bias, add=residual is not None)
-    gemm(out, x, weight, accumulate=bias is not None or residual is not None)
+    x, weight = _operands(x, weight)
+    gemm(out, x, weight, accumulate=residual is not None, bias=bias)
     return out
+
+
+def linear_relu(
+    x: Array | Quantized,
+    weight: Array | Quantized,
+    bias: Array,
+    quantized: bool = False,
+    out_dtype: np.dtype | None = None,
+) -> Array | Quantized:
+    """max(x · weightᵀ + bias, 0): (tokens, in), (out, in), (out,) -> (tokens, out).
+
+    With `quantized` it is written, and rounded for that, once more than in `reference`.
+    """
+    out = cupy.empty((len(x), len(weight)), np.dtype(out_dtype or x.dtype))
+    if out.size:
+        x, weight = _operands(x, weight)
+        gemm(out, x, weight, bias=bias, relu=True)
+    return quantize(out) if quantized else out
 
 
 def linear_swiglu(
@@ -239,8 +316,7 @@ def linear_swiglu(
     for that, once more than in `reference`.
     """
     dtype = np.dtype(out_dtype or x.dtype)
-    if isinstance(weight, Quantized) and not isinstance(x, Quantized):
-        x = quantize(x)
+    x, weight = _operands(x, weight)
     if not gemm_sm90.fits(x, weight, dtype):
         return swiglu(linear(x, weight, out_dtype=dtype), quantized)
     out = cupy.empty((len(x), len(weight) // 2), dtype)
@@ -265,8 +341,7 @@ def linear_rope(
     of numbers that were rounded, once more than in `reference`.
     """
     dtype, head_dim = np.dtype(out_dtype or x.dtype), 2 * cos.shape[1]
-    if isinstance(weight, Quantized) and not isinstance(x, Quantized):
-        x = quantize(x)
+    x, weight = _operands(x, weight)
     if bias is not None or not gemm_sm90.fits(x, weight, dtype, head_dim):
         qkv = linear(x, weight, bias, out_dtype=dtype)
         return rope(qkv, positions, cos, sin, num_heads, num_key_value_heads)
@@ -274,18 +349,6 @@ def linear_rope(
     rotated = (num_heads + num_key_value_heads) * head_dim
     gemm_sm90.linear_rope(out, x, weight, positions, cos, sin, rotated)
     return out
-
-
-def _put_bias(rows: Array, bias: Array, add: bool) -> None:
-    """rows += bias, or rows = bias: (tokens, out), (out,)."""
-    tokens, wide = rows.shape
-    check(bias, bias.dtype, (wide,))
-    out_type = "storage_t" if rows.dtype == bias.dtype else "float"
-    assert out_type == "storage_t" or rows.dtype == np.float32, f"{rows.dtype} {bias.dtype}"
-    width = kernels.pack_width(wide, rows.itemsize)
-    name = "add_bias" if add else "set_bias"
-    launch = kernel("bias.cu", name, STORAGE=storage(bias), OUT_T=out_type, WIDE=wide)
-    launch((tokens, _blocks(wide // width)), (256,), (rows, bias))
 
 
 def swiglu(gate_up: Array, quantized: bool = False) -> Array | Quantized:
@@ -323,6 +386,64 @@ def log_probs(logits: Array, target_start: Array, target_token: Array, out: Arra
         launch = kernel("log_probs.cu", "log_probs", **constants)
         arguments = (out, logits, target_start, target_token, np.int32(targets))
         launch((rows,), (constants["THREADS"],), arguments)
+
+
+def log_probs_part(
+    logits: Array, target_start: Array, target_token: Array, first_token: int, out: Array
+) -> None:
+    """What one of several parts of the vocabulary says of the targets; see `reference`.
+
+    Args:
+        logits: (rows, tokens) float32, of `first_token` and those that follow it.
+        target_start, target_token: as `log_probs` takes them.
+        out: (4, targets) float32; only columns target_start[0]:target_start[-1] are written.
+    """
+    (rows, vocab), (targets,) = logits.shape, target_token.shape
+    check(logits, np.float32, (rows, vocab))
+    check(target_start, np.int32, (rows + 1,))
+    check(target_token, np.int32, (targets,))
+    check(out, np.float32, (4, targets))
+    if rows and targets:
+        constants = kernels.log_probs_constants(vocab)
+        launch = kernel("log_probs.cu", "log_probs_part", **constants)
+        numbers = (np.int32(targets), np.int32(first_token))
+        arguments = (out, logits, target_start, target_token, *numbers)
+        launch((rows,), (constants["THREADS"],), arguments)
+
+
+def join_log_probs(parts: Array, target_start: Array, target_token: Array, out: Array) -> None:
+    """`log_probs` of all the vocabulary, from what `log_probs_part` found in its parts.
+
+    Args:
+        parts: (parts, 4, targets) float32, in the vocabulary's order.
+        target_start, target_token, out: as `log_probs` takes them.
+    """
+    count, _, targets = parts.shape
+    rows = len(target_start) - 1
+    check(parts, np.float32, (count, 4, targets))
+    check(target_start, np.int32, (rows + 1,))
+    check(target_token, np.int32, (targets,))
+    check(out, np.float32, (2, targets))
+    if rows and targets:
+        # VOCAB is nothing to it: one that is often compiled anyway.
+        launch = kernel("log_probs.cu", "join_log_probs", **kernels.log_probs_constants(32000))
+        sizes = (np.int32(count), np.int32(rows), np.int32(targets))
+        launch((_blocks(rows),), (256,), (out, parts, target_start, target_token, *sizes))
+
+
+def sum_parts(own: Array, received: Array, rank: int) -> None:
+    """Add to `own` (count,) the rows of `received` (ranks, count), itself in the place of its own.
+
+    In the order of ranks, and rounded once; see `reference.sum_parts`.
+    """
+    ranks, count = received.shape
+    check(own, own.dtype, (count,))
+    check(received, own.dtype, (ranks, count))
+    if count:
+        constants = kernels.sum_parts_constants(storage(own), count, ranks)
+        packs = count // constants["WIDTH"]
+        launch = kernel("sum_parts.cu", "sum_parts", **constants)
+        launch((_blocks(packs),), (256,), (own, received, np.int64(packs), np.int32(rank)))
 
 
 def _threads(items: int) -> int:

@@ -19,16 +19,16 @@ import ml_dtypes
 import numpy as np
 
 from cupyllama.packing import MicroBatch
-from cupyllama.quantized import LARGEST, Quantized
+from cupyllama.quantized import LARGEST, VALUE_DTYPES, Quantized
 
 # Any number of tokens will do: padding would only cost time.
 TOKEN_MULTIPLE = 1
-LOGIT_CHUNK = 1024
+LOGIT_CHUNK = 2048
 
 # Rows of a matrix product that one core computes at a time.
 ROW_BLOCK = 128
 
-_LARGEST = LARGEST["fp8"]
+_TINY = np.finfo(np.float32).tiny  # below it, 1 / scale would not be finite
 
 
 class Clock:
@@ -85,32 +85,44 @@ def gather(rows: np.ndarray, table: np.ndarray) -> np.ndarray:
     return table[rows]
 
 
-def quantize(x: np.ndarray, out: Quantized | None = None) -> Quantized:
-    """Rows as e4m3 (Micikevicius et al. 2022), each scaled so that its largest number is 448.
+def quantize(x: np.ndarray, out: Quantized | None = None, kind: str = "fp8") -> Quantized:
+    """Rows as numbers of 8 bits, each row scaled so that its largest number is the kind's.
 
-    scale = max |row| / 448, or 1 where that is too small to be divided by; a value is rounded to
-    the nearest e4m3, ties to even. NaN stays NaN, and infinity makes all of its row NaN.
+    scale = max |row| / 448 for fp8 or / 127 for int8, or 1 where that is too small to be divided
+    by; a value is rounded to the nearest e4m3 (Micikevicius et al. 2022) or integer, ties to even.
+    In fp8 NaN stays NaN, and infinity makes all of its row NaN. int8 has neither: one of them makes
+    all of its row NaN, as zeros with a scale of infinity.
 
     Args:
         x: (rows, columns).
         out: filled and returned, where it is given.
+        kind: fp8 or int8, where there is no `out` to show it.
     """
-    x32 = _float32(x)
-    scale = np.fmax.reduce(np.abs(x32), axis=1, initial=0) / np.float32(_LARGEST)
-    scale[scale < np.finfo(np.float32).tiny] = 1
-    with np.errstate(invalid="ignore"):  # infinity times 0; NaN
-        scaled = np.clip(x32 * (1 / scale)[:, None], -_LARGEST, _LARGEST)
-        values = scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
     if out is None:
-        return Quantized(values, scale)
-    out.values[...], out.scale[...] = values, scale
+        out = Quantized(np.empty(x.shape, VALUE_DTYPES[kind]), np.empty(len(x), np.float32))
+    x32, largest = _float32(x), np.float32(LARGEST[out.kind])
+    # Of a row with NaN np.maximum is NaN; np.fmax leaves it out.
+    maximum = np.fmax if out.kind == "fp8" else np.maximum
+    scale = maximum.reduce(np.abs(x32), axis=1, initial=0) / largest
+    scale[scale < _TINY] = 1
+    scale[np.isnan(scale)] = np.inf
+    with np.errstate(invalid="ignore"):  # infinity times 0; NaN
+        scaled = x32 * (1 / scale)[:, None]
+        if out.kind == "fp8":
+            scaled = np.clip(scaled, -largest, largest).astype(ml_dtypes.float8_e4m3fn)
+            out.values[...] = scaled.view(np.uint8)
+        else:
+            scaled[np.isinf(scale)] = 0
+            out.values[...] = np.rint(scaled, out=scaled)  # nothing is beyond 127 by half a step
+    out.scale[...] = scale
     return out
 
 
-def dequantize(matrix: Quantized) -> np.ndarray:
-    """The numbers that it stands for: (rows, columns) float32."""
-    with np.errstate(invalid="ignore"):  # what was infinite is 0 times infinity
-        return _unscaled(matrix.values) * matrix.scale[:, None]
+def dequantize(matrix: Quantized, dtype: np.dtype = np.float32) -> np.ndarray:
+    """The numbers that it stands for, as float32 and then as `dtype`: (rows, columns)."""
+    values = _unscaled(matrix.values) if matrix.kind == "fp8" else _float32(matrix.values)
+    with np.errstate(invalid="ignore", over="ignore"):  # what was infinite is 0 times infinity
+        return (values * matrix.scale[:, None]).astype(dtype, copy=False)
 
 
 def rmsnorm(
@@ -147,7 +159,8 @@ def linear(
 ) -> np.ndarray:
     """x · weightᵀ + bias + residual: (tokens, in), (out, in), (out,), (tokens, out).
 
-    A quantized weight is multiplied with a quantized x: `quantize` makes one of an array.
+    A weight of fp8 is multiplied with a quantized x: `quantize` makes one of an array. A weight of
+    int8 is multiplied with an array, as what `dequantize` makes of it in the dtype of x.
     The caller gives `residual` up: an implementation may return the result in its memory.
 
     Args:
@@ -155,6 +168,8 @@ def linear(
     """
     if residual is not None:
         out_dtype = out_dtype or residual.dtype
+    if isinstance(weight, Quantized) and weight.kind == "int8":
+        weight = dequantize(weight, x.dtype)
     if isinstance(weight, Quantized):
         if not isinstance(x, Quantized):
             out_dtype, x = out_dtype or x.dtype, quantize(x)
@@ -333,6 +348,67 @@ def log_probs(
     log_sum = np.log(np.exp(logits - peak[:, None]).sum(axis=1)) + peak
     out[0, wanted] = logits[target_row, target_token[wanted]] - log_sum[target_row]
     out[1, wanted] = logits.argmax(axis=1)[target_row] == target_token[wanted]
+
+
+def log_probs_part(
+    logits: np.ndarray,
+    target_start: np.ndarray,
+    target_token: np.ndarray,
+    first_token: int,
+    out: np.ndarray,
+) -> None:
+    """What one of several parts of the vocabulary says of the targets, for `join_log_probs`.
+
+    Args:
+        logits: (rows, tokens) float32, of `first_token` and those that follow it.
+        target_start, target_token: as `log_probs` takes them.
+        out: (4, targets) float32: the row's largest logit, the sum of exp(logit - largest), and the
+            lowest token that has the largest; the target's logit, or 0 if it is of another part.
+            Only columns target_start[0]:target_start[-1] are written.
+    """
+    target_row = np.repeat(np.arange(len(logits)), np.diff(target_start))
+    wanted = slice(target_start[0], target_start[-1])
+    peak = logits.max(axis=1)
+    with np.errstate(invalid="ignore"):  # infinity less infinity, where it is all that there is
+        total = np.exp(logits - peak[:, None]).sum(axis=1)
+    total[peak == -np.inf] = 0
+    column = target_token[wanted] - first_token
+    has = (column >= 0) & (column < logits.shape[1])
+    out[0, wanted], out[1, wanted] = peak[target_row], total[target_row]
+    out[2, wanted] = (logits.argmax(axis=1) + first_token)[target_row]
+    out[3, wanted] = np.where(has, logits[target_row, np.where(has, column, 0)], 0)
+
+
+def join_log_probs(
+    parts: np.ndarray, target_start: np.ndarray, target_token: np.ndarray, out: np.ndarray
+) -> None:
+    """`log_probs` of all the vocabulary, from what was found in its parts.
+
+    Args:
+        parts: (parts, 4, targets) float32, as `log_probs_part` wrote them, in the vocabulary's
+            order.
+        target_start, target_token, out: as `log_probs` takes them.
+    """
+    wanted = slice(target_start[0], target_start[-1])
+    peaks, sums, tokens, logits = parts[..., wanted].transpose(1, 0, 2)
+    peak = peaks.max(axis=0)
+    log_sum = np.log((sums * np.exp(peaks - peak)).sum(axis=0)) + peak
+    best = np.take_along_axis(tokens, peaks.argmax(axis=0)[None], axis=0)[0]
+    out[0, wanted] = logits.sum(axis=0) - log_sum
+    out[1, wanted] = best == target_token[wanted]
+
+
+def sum_parts(own: np.ndarray, received: np.ndarray, rank: int) -> None:
+    """Add to `own` the numbers that belong to it, in the order of ranks, rounded once, at the end.
+
+    Args:
+        own: (count,), the part of `rank`.
+        received: (ranks, count), those of the others; row `rank` may hold anything.
+    """
+    total = np.zeros(len(own), np.float32)
+    for number, part in enumerate(received):
+        total += _float32(own if number == rank else part)
+    own[...] = total
 
 
 def _silu(x32: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ class Departure:
 class Inbox(Protocol):
     """The end that receives."""
 
-    def receive(self) -> Any:
+    def receive(self, tokens: int) -> Any:
         """The hidden states of the next micro-batch: (tokens, hidden), the caller's to change."""
         ...
 
@@ -62,11 +62,12 @@ class MPIInbox:
     def _expect(self) -> None:
         if self._shapes:
             array = np.empty(self._shapes.popleft(), self._dtype)
-            request = self._comm.Irecv(_bytes(array), self._source, HIDDEN_TAG)
+            request = self._comm.Irecv(as_bytes(array), self._source, HIDDEN_TAG)
             self._expected.append((array, request))
 
-    def receive(self) -> np.ndarray:
+    def receive(self, tokens: int) -> np.ndarray:
         array, request = self._expected.popleft()
+        assert len(array) == tokens, f"{len(array)} tokens where {tokens} were expected"
         wait(request)
         self._expect()
         return array
@@ -82,10 +83,10 @@ class MPIOutbox:
         self._comm, self._target = comm, target
 
     def send(self, hidden: np.ndarray) -> Departure:
-        request = self._comm.Isend(_bytes(hidden), self._target, HIDDEN_TAG)
+        request = self._comm.Isend(as_bytes(hidden), self._target, HIDDEN_TAG)
         return Departure(lambda kept=hidden: wait(request))
 
 
-def _bytes(array: np.ndarray) -> np.ndarray:
+def as_bytes(array: np.ndarray) -> np.ndarray:
     """MPI knows neither float16 nor bfloat16."""
     return array.reshape(-1).view(np.uint8)

@@ -6,7 +6,6 @@ what was computed in it has been sent on.
 """
 
 import fcntl
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,18 +47,16 @@ class _Inbox:
     """The receiver's buffers, and the events after which each of them is free."""
 
     def __init__(self, tokens: Sequence[int], hidden_size: int, dtype: np.dtype):
-        """`tokens`: of each micro-batch to come."""
-        self._tokens = deque(tokens)
         self._arrays = [cupy.empty((max(tokens), hidden_size), dtype) for _ in range(SLOTS)]
         self._free: list[Any] = [None] * SLOTS
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._received = 0
 
-    def receive(self) -> cupy.ndarray:
+    def receive(self, tokens: int) -> cupy.ndarray:
         slot = self._received % SLOTS
         if self._free[slot] is not None:
             self._stream.wait_event(self._free[slot])
-        hidden = self._arrays[slot][: self._tokens.popleft()]
+        hidden = self._arrays[slot][:tokens]
         self._fill(hidden, slot)
         self._received += 1
         cupy.cuda.get_current_stream().wait_event(_record(self._stream))

@@ -1,6 +1,8 @@
 """Several ranks score together: replicas of a pipeline, each a line of stages.
 
-Rank r is stage `r % stages` of replica `r // stages`; micro-batch i goes through replica
+A stage has `tensor_parallel` neighbouring ranks, which share its matrices and all have the same
+hidden states: each passes them on to its like in the next stage, so that there are as many lines
+side by side. Stages follow one another within a replica; micro-batch i goes through replica
 `i % replicas`. Every rank derives its work from the same files, so only hidden states and results
 cross the wire. Rank 0 collects the results.
 """
@@ -14,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from cupyllama.config import ModelConfig
+from cupyllama.config import ModelConfig, Share
 from cupyllama.errors import DeviceError, UsageError
 from cupyllama.evaluate import Line, forward_all
 from cupyllama.families import Stage
 from cupyllama.packing import MicroBatch
 from cupyllama.parallel.channels import MPIInbox, MPIOutbox
 from cupyllama.parallel.devices import Device
+from cupyllama.parallel.group import Group, MPIExchange
 from cupyllama.parallel.world import World, wait
 
 _RESULT_TAG = 100
@@ -35,14 +38,31 @@ class Grid:
     replicas: int
     stages: int
     rank: int
+    tensor_parallel: int = 1
 
     @property
     def replica(self) -> int:
-        return self.rank // self.stages
+        return self.rank // (self.stages * self.tensor_parallel)
 
     @property
     def stage(self) -> int:
-        return self.rank % self.stages
+        return self.rank // self.tensor_parallel % self.stages
+
+    @property
+    def tensor_rank(self) -> int:
+        """The part of the stage's matrices that this rank has."""
+        return self.rank % self.tensor_parallel
+
+    @property
+    def tensor_share(self) -> Share | None:
+        """That part; None where it is all of them."""
+        return Share(self.tensor_rank, self.tensor_parallel) if self.tensor_parallel > 1 else None
+
+    @property
+    def group(self) -> range:
+        """The ranks that share the stage's matrices with this one, and this one."""
+        first = self.rank - self.tensor_rank
+        return range(first, first + self.tensor_parallel)
 
     @property
     def is_first(self) -> bool:
@@ -57,14 +77,44 @@ class Grid:
         return list(enumerate(batches))[self.replica :: self.replicas]
 
 
-def make_grid(world: World, replicas: int) -> Grid:
+def make_grid(world: World, replicas: int, tensor_parallel: int = 1) -> Grid:
     """Raises UsageError where the ranks cannot be divided evenly."""
-    if world.size % replicas:
+    if world.size % (replicas * tensor_parallel):
+        if tensor_parallel == 1:
+            raise UsageError(
+                f"{world.size} ranks cannot be {replicas} replicas of equal size",
+                "Start a multiple of --replicas ranks.",
+            )
         raise UsageError(
-            f"{world.size} ranks cannot be {replicas} replicas of equal size",
-            "Start a multiple of --replicas ranks.",
+            f"{world.size} ranks cannot be {replicas} replicas of stages of {tensor_parallel}",
+            "Start a multiple of --replicas × --tensor-parallel ranks: "
+            f"mpirun -n {replicas * tensor_parallel} cupyllama …",
         )
-    return Grid(replicas, world.size // replicas, world.rank)
+    stages = world.size // (replicas * tensor_parallel)
+    return Grid(replicas, stages, world.rank, tensor_parallel)
+
+
+def connect_group(world: World, grid: Grid, device: Device, config: ModelConfig) -> Group | None:
+    """What the ranks of a stage compute together; None for one alone. All ranks call it.
+
+    Each on a GPU of its own: NCCL. Else MPI, from and to the host's memory where they share GPUs:
+    NCCL refuses two ranks on one.
+
+    Args:
+        config: of the rank, as `ModelConfig.part` made it.
+    """
+    if grid.tensor_parallel == 1:
+        return None
+    places = world.allgather(device.place)
+    if device.kind == "cpu":
+        exchange = MPIExchange(world.comm, grid.group)
+    else:
+        from cupyllama.parallel import cuda_group
+
+        own = {places[rank] for rank in grid.group}
+        kind = cuda_group.HostExchange if len(own) < len(grid.group) else cuda_group.NCCLExchange
+        exchange = kind(world.comm, grid.group)
+    return Group(device.ops, config, exchange)
 
 
 def connect(
@@ -82,17 +132,18 @@ def connect(
     """
     places = world.allgather(device.place)
     line = Line(stage)
-    if device.kind == "cuda" and len(set(places)) < len(places):
+    # Ranks that wait for one another within a stage cannot take turns.
+    if device.kind == "cuda" and len(set(places)) < len(places) and grid.tensor_parallel == 1:
         line.turn = _shared_turn(world, places)
     tokens = [len(batch.token_ids) for _, batch in grid.share(batches)]
     tokens = 2 * tokens[:1] + tokens  # two more at first, to measure the link
     shape = (max(tokens, default=0), config.hidden_size, dtype)
     # Left before right: a chain of pairs then connects from its first rank on, and cannot lock.
     if not grid.is_first:
-        peer = world.rank - 1
+        peer = world.rank - grid.tensor_parallel
         line.inbox = _inbox(world.comm, peer, places[peer], device, tokens, shape)
     if not grid.is_last:
-        peer = world.rank + 1
+        peer = world.rank + grid.tensor_parallel
         line.outbox = _outbox(world.comm, peer, places[peer], device, shape)
     line.link_seconds = _measure_link(world, line, tokens[:1], config.hidden_size, dtype)
     return line
@@ -117,7 +168,7 @@ def _measure_link(
         begin = clock.now()
         departure = line.outbox.send(hidden) if line.outbox else None
         if line.inbox:
-            line.inbox.receive()
+            line.inbox.receive(tokens[0])
             line.inbox.release(None)
             mark = clock.mark()
             ops.synchronize()
@@ -180,7 +231,7 @@ def run(
     try:
         outs = forward_all(line, [batch for _, batch in mine])
         for (number, _), out in zip(mine, outs, strict=True):
-            if out is not None:
+            if out is not None and grid.tensor_rank == 0:
                 collector.put(number, out)
             collector.poll()
     except MemoryError as error:

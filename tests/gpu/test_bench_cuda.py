@@ -17,23 +17,27 @@ pytestmark = pytest.mark.gpu
 
 # Sizes that 8-bit products allow; four heads of 64, two for each key-value head.
 TINY = (3, 256, 512, 4, 2, 1024)
+TINY_OPT = (3, 256, 1024, 4, 1024)
+
+both = pytest.mark.parametrize("shape", ["tiny", "tiny-opt"])
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(shapes.OPT_SHAPES, "tiny-opt", TINY_OPT)
     monkeypatch.setattr(measure, "FLUSH_BYTES", 128 << 20)
     monkeypatch.setattr(measure, "COPY_BYTES", 128 << 20)
     yield
     cupy.get_default_memory_pool().free_all_blocks()
 
 
-def bench(*arguments):
-    return CliRunner().invoke(cli, ["bench", *map(str, arguments), "--shape", "tiny"])
+def bench(*arguments, shape="tiny"):
+    return CliRunner().invoke(cli, ["bench", *map(str, arguments), "--shape", shape])
 
 
-def measured(path, *arguments):
-    result = bench(*arguments, "--json", path)
+def measured(path, *arguments, shape="tiny"):
+    result = bench(*arguments, "--json", path, shape=shape)
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
     found = json.loads(path.read_text())
     assert found["bench"] == arguments[0] and found["gpu"] and found["versions"]["cupy"]
@@ -44,13 +48,24 @@ def has_fp8():
     return int(cupy.cuda.Device().compute_capability) >= FP8_ARCH
 
 
+KERNELS = {
+    "tiny": ["gather", "rmsnorm", "linear_rope", "attention", "linear_swiglu", "log_probs"]
+    + ["rope", "swiglu", "dequantize"],
+    "tiny-opt": ["gather", "add", "layernorm", "attention", "linear_relu", "linear", "log_probs"]
+    + ["dequantize"],
+}
+FP8_KERNELS = {
+    "tiny": ["quantize", "rmsnorm, fp8", "swiglu, fp8"],
+    "tiny-opt": ["quantize", "layernorm, fp8"],
+}
+
+
+@both
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_kernels(tmp_path, dtype):
+def test_kernels(tmp_path, dtype, shape):
     arguments = ["--dtype", dtype, "--micro-batch-tokens", 2048, "--repeats", 5]
-    found, text = measured(tmp_path / "out.json", "kernels", *arguments)
-    names = ["gather", "rmsnorm", "linear_rope", "attention", "linear_swiglu", "log_probs"]
-    names += ["rope", "swiglu", "bias"]
-    names += ["quantize", "rmsnorm, fp8", "swiglu, fp8"] if has_fp8() else []
+    found, text = measured(tmp_path / "out.json", "kernels", *arguments, shape=shape)
+    names = KERNELS[shape] + (FP8_KERNELS[shape] if has_fp8() else [])
     assert [run["kernel"] for run in found["runs"]] == [*names, "attention, few-shot"]
     assert found["copy_bytes_per_second"] > 1e10 and found["gemm_tflops"] > 0
     for run in found["runs"]:
@@ -59,37 +74,53 @@ def test_kernels(tmp_path, dtype):
         assert run["kernel"] in text
 
 
+PRODUCTS = {
+    "tiny": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"],
+    "tiny-opt": ["qkv_proj", "out_proj", "fc1", "fc2", "lm_head"],
+}
+
+
+@both
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "fp8"])
-def test_gemm(tmp_path, dtype):
+def test_gemm(tmp_path, dtype, shape):
     if dtype == "fp8" and not has_fp8():
         assert bench("gemm", "--dtype", "fp8").exit_code == 5
         return
     arguments = ["--dtype", dtype, "--tokens", 128, "--tokens", 32, "--repeats", 2]
-    found, _ = measured(tmp_path / "out.json", "gemm", *arguments)
-    products = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
-    assert [run["product"] for run in found["runs"][::2]] == products
+    found, _ = measured(tmp_path / "out.json", "gemm", *arguments, shape=shape)
+    assert [run["product"] for run in found["runs"][::2]] == PRODUCTS[shape]
     for run in found["runs"]:
         assert set(run["seconds"]) == ({"gemm"} if dtype == "fp8" else {"gemm", "gemmEx"})
         assert all(1e-7 < seconds < 1e-2 for seconds in run["seconds"].values()), run
 
 
-def test_score(tmp_path):
+LAYER = {
+    "tiny": {"linear_rope qkv_proj", "attention", "linear_swiglu gate_up_proj"},
+    "tiny-opt": {"linear qkv_proj", "attention", "linear_relu fc1", "linear fc2"},
+}
+
+
+@both
+@pytest.mark.parametrize("quantize", ["none", "fp8", "int8"])
+def test_score(tmp_path, shape, quantize):
+    if quantize == "fp8" and not has_fp8():
+        assert bench("score", "--quantize", "fp8").exit_code == 5
+        return
     sizes = ["--micro-batch-tokens", 512, "--micro-batch-tokens", 1024]
-    arguments = ["--questions", 40, "--repeats", 2, *sizes]
-    found, text = measured(tmp_path / "out.json", "score", *arguments)
+    arguments = ["--questions", 40, "--repeats", 2, "--quantize", quantize, *sizes]
+    found, text = measured(tmp_path / "out.json", "score", *arguments, shape=shape)
     assert found["questions"] == 40 and len(found["runs"]) == 2
     for run in found["runs"]:
         assert len(run["seconds"]) == 2 and min(run["seconds"]) > 0
         assert run["questions_per_second"] > 0 and 0 < run["efficiency"] < 1.5
         assert run["tokens_asked"] > run["tokens_computed"] > 0
-        assert run["peak_memory_bytes"] > 3 * 2 * 256 * 512 * 3  # of the weights alone
+        # of the weights alone
+        assert run["peak_memory_bytes"] > 3 * 256 * 512 * 3 * (2 if quantize == "none" else 1)
         spent = run["breakdown"]
-        assert {"linear_rope qkv_proj", "attention", "linear_swiglu gate_up_proj"} <= set(
-            spent["layer"]
-        )
+        assert LAYER[shape] <= set(spent["layer"])
         parts = 2 * sum(spent["layer"].values()) + sum(spent["rest"].values())
         assert 0 < parts <= 1.05 * spent["seconds"]
-    assert "linear gate_up_proj" in text
+    assert all(name in text for name in LAYER[shape])
 
 
 def test_load(tmp_path):
@@ -125,7 +156,9 @@ def off(out):
     [
         *(("gather", ""), ("rmsnorm", ""), ("rope", ""), ("attention", ""), ("swiglu", "")),
         *(("linear_rope", ""), ("linear_swiglu", "")),
+        *(("add", ""), ("layernorm", ""), ("linear", ""), ("linear_relu", "")),
         *(("log_probs", ""), ("quantize", "fp8"), ("rmsnorm", "fp8"), ("swiglu", "fp8")),
+        *(("layernorm", "fp8"), ("dequantize", "")),
     ],
 )
 def test_a_wrong_kernel_is_named(monkeypatch, operation, also):
@@ -142,7 +175,8 @@ def test_a_wrong_kernel_is_named(monkeypatch, operation, also):
         return out
 
     monkeypatch.setattr(cuda, operation, wrong)
-    result = bench("kernels", "--micro-batch-tokens", 2048, "--repeats", 2)
+    shape = "tiny" if operation in KERNELS["tiny"] else "tiny-opt"
+    result = bench("kernels", "--micro-batch-tokens", 2048, "--repeats", 2, shape=shape)
     assert result.exit_code == 1, result.output
     name = f"{operation}, fp8" if also and operation != "quantize" else operation
     assert result.stderr.startswith(f"cupyllama: {name}") and "is wrong" in result.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_loading import DTYPES, Derived, assert_same, check_load, naive
 from test_quantization import assert_same as assert_same_quantized
-from test_quantization import truth, write_strange_model
+from test_quantization import every_kind, truth, write_strange_model
 from tiny_models import write_tiny_model
 
 from cupyllama.checkpoint.fields import stage_bytes
@@ -56,32 +56,34 @@ def test_any_number_of_buffers(buffers, tmp_path):
 @pytest.mark.parametrize("kind", [SafetensorsCheckpoint, Derived])
 @pytest.mark.parametrize("saved", DTYPES)
 @pytest.mark.parametrize(("threads", "piece_bytes"), [(1, 5001), (12, 1002), (4, 1 << 20)])
-def test_rows_quantized_on_the_way(threads, piece_bytes, saved, kind, tmp_path):
+@every_kind
+def test_rows_quantized_on_the_way(quantize, threads, piece_bytes, saved, kind, tmp_path):
     directory = write_strange_model(tmp_path, dtype=saved)
     config, layers = load_config(directory), range(3)
     weights = load_stage(
         *(kind(directory), config, layers, np.dtype(np.float16), cuda),
         threads=threads,
         piece_bytes=piece_bytes,
-        quantize="fp8",
+        quantize=quantize,
     )
-    assert_same_quantized(weights, truth(directory, layers, np.float16), layers)
+    assert_same_quantized(weights, truth(directory, layers, np.float16, quantize), layers)
 
 
-def test_quantized_by_shard(tmp_path):
+@every_kind
+def test_quantized_by_shard(quantize, tmp_path):
     directory = write_strange_model(tmp_path / "m", dtype="bfloat16")
-    shard(ShardOptions(directory, tmp_path / "out", 2, quantize="fp8", quiet=True))
+    shard(ShardOptions(directory, tmp_path / "out", 2, quantize=quantize, quiet=True))
     checkpoint, config = open_checkpoint(tmp_path / "out"), load_config(directory)
     for layers in (range(3), range(1, 2)):
         weights = load_stage(
             *(checkpoint, config, layers, np.dtype(np.float16), cuda),
             piece_bytes=3001,
-            quantize="fp8",
+            quantize=quantize,
         )
-        assert_same_quantized(weights, truth(directory, layers, np.float16), layers)
+        assert_same_quantized(weights, truth(directory, layers, np.float16, quantize), layers)
 
 
-@pytest.mark.parametrize("quantize", [None, "fp8"])
+@pytest.mark.parametrize("quantize", [None, "fp8", "int8"])
 def test_memory_comes_back_with_the_last_array(quantize, tmp_path):
     directory = write_tiny_model("gqa", tmp_path)
     config, checkpoint = load_config(directory), SafetensorsCheckpoint(directory)
