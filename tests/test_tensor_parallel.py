@@ -13,6 +13,7 @@ from checkpoint_makers import open_stage, write_meta_model, write_pytorch_model
 from click.testing import CliRunner
 from engine import score_rows
 from test_evaluate import random_rows
+from test_metaseq import metaseq
 from test_ranks import mpirun, our_lines
 from tiny_models import TINY_MODELS, tiny_tensors, write_tiny_model
 from tiny_tokenizer import write_tokenizer
@@ -193,11 +194,16 @@ def forms(name, folder):
         config = {"num_key_value_heads": 4} | TINY_MODELS[name]
         meta = folder / "meta"
         yield write_meta_model(config, tiny_tensors(name), meta, 2, ffn_dim_multiplier=0.75)
+    if name == "opt":
+        for parts in (1, 2, 4):
+            yield metaseq(name, folder / f"metaseq-{parts}", parts)
 
 
 @pytest.mark.parametrize(
     ("name", "size"),
     [
+        ("opt", 2),
+        ("opt", 4),
         ("llama1", 2),
         ("llama1", 4),
         ("gqa", 4),
