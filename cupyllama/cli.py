@@ -229,6 +229,8 @@ def score(
         raise click.UsageError("--output and --samples are the same file.")
     if output is not None and options["compare"] == output:
         raise click.UsageError("--output and --compare are the same file.")
+    if samples is not None and options["compare"] == samples:
+        raise click.UsageError("--samples and --compare are the same file.")
     if options["resume"] and samples is None:
         raise click.UsageError("--resume goes on with --samples FILE; give that too.")
     report = run(

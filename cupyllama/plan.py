@@ -44,7 +44,7 @@ def describe_plan(
         f"{rows.tokens_asked:,} tokens asked, {computed:,} computed "
         f"({rows.tokens_asked / max(computed, 1):.2f} times fewer)",
         f"{len(batches):,} micro-batches of {size:,} tokens, {activations / 1e9:.2f} GB of "
-        f"activations in {dtype}",
+        f"activations in {dtype}" + (", as on a GPU" if options.device == "auto" else ""),
     ]
     for rank in range(grid.replicas * grid.stages * grid.tensor_parallel):
         its = replace(grid, rank=rank)

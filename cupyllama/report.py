@@ -134,6 +134,7 @@ class Report:
     headline: str  # the normalisation that the convention reports
     questions: int
     questions_in_file: int
+    questions_scored: int  # without those that were resumed, as are the tokens
     tokens_asked: int
     tokens_computed: int
     truncated_rows: int
@@ -165,7 +166,7 @@ class Report:
 
     @property
     def questions_per_second(self) -> float:
-        return self.questions / max(self.seconds["evaluating"], 1e-9)
+        return self.questions_scored / max(self.seconds["evaluating"], 1e-9)
 
     def as_json(self) -> dict[str, Any]:
         """lm-eval's results keys, and under `cupyllama` what it has no key for."""

@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.checkpoint.stages import split_layers
 from cupyllama.compare import OtherRun, check_questions, compare, read_samples
 from cupyllama.config import load_config
-from cupyllama.errors import DataError, DeviceError, ModelError
+from cupyllama.errors import DataError, DeviceError, ModelError, UsageError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
 from cupyllama.families import config_fields, family_of
 from cupyllama.files import check_writable, is_special, write_json, write_json_lines
@@ -140,6 +141,11 @@ class Run:
                     check_writable(path)
             if options.samples is not None and not is_special(options.samples):
                 self.journal = Journal(options.samples)
+                if options.resume and options.samples.exists() and not self.journal.path.exists():
+                    raise UsageError(
+                        f"{options.samples}: is finished, there is nothing to resume",
+                        "Leave --resume out to score everything again.",
+                    )
         self.device, reason = choose_device(options.device, world.local_rank, world.local_size)
         if reason and options.device == "auto":
             self.say(f"no GPU ({reason}); computing on the CPU")
@@ -221,6 +227,7 @@ class Run:
             if self.options.resume:
                 self.say(f"{self.journal.path} is not there: scoring everything")
             self.journal.begin(self.fingerprint())
+        self.to_score = ~self.scores.done
         self.weights = self.load.wait()
         self.spans.append(Span("load", None, self.load.began, self.load.ended))
 
@@ -312,7 +319,7 @@ class Run:
 
     def finish(self, seconds: float, ranks: list[RankReport]) -> Report:
         """Answers to files, and the report."""
-        options, questions = self.options, self.questions
+        options, questions, rows = self.options, self.questions, self.questions.rows
         answers = self.check_answers()
         report = Report(
             task=questions.task.name,
@@ -320,7 +327,14 @@ class Run:
             headline=CONVENTIONS[options.convention].headline,
             questions=len(questions.asked),
             questions_in_file=len(questions.task.questions),
-            tokens_asked=questions.rows.tokens_asked,
+            questions_scored=sum(
+                bool(self.to_score[first:last].any()) for first, last in pairwise(rows.choice_start)
+            ),
+            tokens_asked=sum(
+                len(row.token_ids) - 1
+                for row, asked in zip(rows.rows, self.to_score, strict=True)
+                if asked
+            ),
             tokens_computed=self.scores.tokens_computed,
             truncated_rows=questions.rows.truncated,
             seconds={

@@ -130,6 +130,8 @@ def test_usage(folder):
     assert score(folder, "--log-samples").exit_code == 2
     same = ["--output", folder / "r.json", "--compare", folder / "r.json"]
     assert "--output and --compare are the same file" in score(folder, *same).stderr
+    same = "--samples", folder / "s.jsonl", "--compare", folder / "s.jsonl"
+    assert "--samples and --compare are the same file" in score(folder, *same).stderr
     for option in (
         *(["--limit", "0"], ["--limit", "1.5"], ["--limit", "x"], ["--dtype", "int8"]),
         *(["--micro-batch-tokens", "0"], ["--micro-batch-tokens", "many"], ["--bos", "perhaps"]),

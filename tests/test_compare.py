@@ -339,16 +339,6 @@ def test_a_part_of_the_questions(tmp_path, first_eight):
     assert "a.jsonl: 8 questions; 2 more in this run alone" in text
 
 
-def test_the_samples_file_may_take_the_place_of_the_one_compared_with(tmp_path, first_eight):
-    samples = tmp_path / "s.jsonl"
-    first, *rest = [json.loads(line) for line in first_eight.read_text().splitlines()]
-    first["loglikelihoods"][1] -= 1
-    write(samples, [first, *rest])
-    results, _ = compared(tmp_path, samples, "--limit", 8, "--samples", samples)
-    assert results["cupyllama"]["comparison"]["loglikelihoods"]["largest"] == pytest.approx(1)
-    assert samples.read_text() == first_eight.read_text()
-
-
 def refused(tmp_path, *parts, compare, limit=8):
     """Exit code 4, one line and a hint, and no file of the run."""
     before = sorted(os.listdir(tmp_path))

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from cupyllama.cli import cli
 from cupyllama.errors import UsageError
 from cupyllama.evaluate import ChoiceScores
 from cupyllama.journal import Journal
@@ -79,3 +81,36 @@ def test_a_line_is_json_a_person_can_read(written):
         "loglikelihoods": [-7.25],
         "is_greedy": [False],
     }
+
+
+def demo(*arguments):
+    options = ("--demo", "--device", "cpu", "--limit", 12, "--micro-batch-tokens", 128)
+    return CliRunner().invoke(cli, ["score", *map(str, options + arguments)])
+
+
+def test_a_resumed_run_counts_what_it_did_itself(tmp_path, monkeypatch):
+    samples, output = tmp_path / "s.jsonl", tmp_path / "r.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda journal: None)
+        assert demo("--samples", samples, "--output", output).exit_code == 0
+    whole = json.loads(output.read_text())["cupyllama"]
+    expected = samples.read_text()
+    partial = tmp_path / "s.jsonl.partial"
+    partial.write_bytes(b"".join(partial.read_bytes().splitlines(keepends=True)[:3]))
+    samples.unlink()
+    assert demo("--samples", samples, "--output", output, "--resume").exit_code == 0
+    rest = json.loads(output.read_text())["cupyllama"]
+    assert samples.read_text() == expected and not partial.exists()
+    for count in ("tokens_asked", "tokens_computed"):
+        assert 0 < rest[count] < whole[count]
+    saved = [run["tokens_asked"] / run["tokens_computed"] for run in (whole, rest)]
+    assert 0.7 < saved[1] / saved[0] < 1.4
+
+
+def test_a_finished_run_is_not_scored_again(tmp_path):
+    samples = tmp_path / "s.jsonl"
+    assert demo("--samples", samples).exit_code == 0
+    before = samples.read_bytes()
+    again = demo("--samples", samples, "--resume", "--quantize", "fp8")
+    assert again.exit_code == 2 and "s.jsonl: is finished" in again.stderr
+    assert samples.read_bytes() == before

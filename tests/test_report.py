@@ -132,6 +132,7 @@ def test_the_report_says_each_number_under_its_own_name():
         headline="acc_norm",
         questions=30,
         questions_in_file=100,
+        questions_scored=30,
         tokens_asked=9000,
         tokens_computed=4000,
         truncated_rows=3,
