@@ -1,7 +1,9 @@
-"""What a kernel is told of an array: checked here, for it sees a bare pointer."""
+"""What a kernel is told of an array, checked here, for it sees a bare pointer; and of the device."""
 
+from functools import cache
 from typing import Any
 
+import cupy
 import numpy as np
 
 _STORAGE = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
@@ -19,3 +21,9 @@ def check(array: Any, dtype: np.dtype, shape: tuple[int, ...]) -> None:
 def storage(array: Any) -> str:
     """STORAGE of a kernel on such arrays."""
     return _STORAGE[array.dtype.name]
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """How many the device has."""
+    return cupy.cuda.Device(device).attributes["MultiProcessorCount"]

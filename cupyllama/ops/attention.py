@@ -1,6 +1,5 @@
 """Attention on a GPU, and the rotary embedding before it: which kernel does it, and its launch."""
 
-import functools
 import math
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from cupyllama import kernels
 from cupyllama.kernels import kernel
-from cupyllama.ops.arrays import check, storage
+from cupyllama.ops.arrays import check, multiprocessors, storage
 from cupyllama.ops.attention_plan import QUERY_TILE
 
 Array = cupy.ndarray
@@ -70,7 +69,7 @@ def attention_sm90(qkv: Array, batch: Any, num_heads: int, num_key_value_heads: 
         launch = kernel("attention_sm90.cu", "attention_sm90", shared, **constants)
         groups, items = constants["GROUPS"], len(batch.items)
         # Two blocks of one group that multiplies, or one of two, fill a multiprocessor.
-        blocks = min(_multiprocessors(qkv.device.id) * (2 // groups), items * num_heads)
+        blocks = min(multiprocessors(qkv.device.id) * (2 // groups), items * num_heads)
         cut = (batch.items, batch.steps, batch.key_index, batch.positions, batch.counter)
         arguments = (out, qkv, *cut, np.int32(items), _scale(constants["HEAD_DIM"]))
         launch((blocks,), (128 * groups + 128,), arguments, shared_mem=shared)
@@ -122,8 +121,3 @@ def _tile_arguments(out: Array, qkv: Array, batch: Any, head_dim: int) -> tuple[
 
 def _scale(head_dim: int) -> np.float32:
     return np.float32(math.log2(math.e) / math.sqrt(head_dim))
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return cupy.cuda.Device(device).attributes["MultiProcessorCount"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from cupyllama import kernels
 from cupyllama.kernels import kernel
-from cupyllama.ops.arrays import check, storage
+from cupyllama.ops.arrays import check, multiprocessors, storage
 from cupyllama.quantized import Quantized
 
 Array = cupy.ndarray
@@ -136,7 +136,7 @@ def _launch(
     )
     shared = kernels.gemm_sm90_shared_bytes(constants)
     launch = kernel("gemm_sm90.cu", "gemm_sm90", shared, **constants)
-    grid = min(_multiprocessors(_device()) // cluster, tiles) * cluster
+    grid = min(multiprocessors(_device()) // cluster, tiles) * cluster
     launch((grid,), (_THREADS,), arguments, shared_mem=shared)
 
 
@@ -148,11 +148,6 @@ def _device() -> int:
 def _is_hopper(device: int) -> bool:
     """wgmma is of 9.0 alone, neither of what came before nor of what came after."""
     return cupy.cuda.Device(device).compute_capability == "90"
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
 
 
 @functools.lru_cache(maxsize=4096)
