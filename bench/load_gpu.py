@@ -30,8 +30,8 @@ import cupy
 import cupyx
 import numpy as np
 from cupy.cuda import runtime
-from shapes import SHAPES, model_config
 
+from cupyllama.bench.shapes import SHAPES, model_config
 from cupyllama.checkpoint.eight_bit import quantize_rows
 from cupyllama.checkpoint.fields import stage_bytes, stage_fields
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
