@@ -13,7 +13,7 @@ Worker = Callable[[], AbstractContextManager[Callable[[Job], Iterable[Any]]]]
 
 # Python lets a thread that computes go on for 5 ms before another may; here threads want it for
 # microseconds, many times, and tokenising is beside them.
-_TURN_SECONDS = 1e-4
+_TURN_SECONDS = 2e-4
 
 
 @contextmanager

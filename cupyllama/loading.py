@@ -121,7 +121,7 @@ def load_stage(
 def _arrays(ops: ModuleType, fields: list[tuple[int | None, Field]], dtype: np.dtype) -> Arrays:
     """An array for each field, all of them views of one allocation.
 
-    A call of the driver for each takes 65 ms of the 250 in which the bus could take 13 GB.
+    Calls of the driver for each array would go on while threads want the driver for copies.
     """
     sizes = [field.nbytes(dtype) for _, field in fields]
     places = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
