@@ -1,4 +1,4 @@
-"""What a kernel is told of an array, checked here, for it sees a bare pointer; and of the device."""
+"""What a kernel is told of an array, checked, for it sees a bare pointer; and of the device."""
 
 from functools import cache
 from typing import Any

@@ -139,7 +139,7 @@ class Plan:
         self._set(_TRANSPOSE_A, c_int(1))
         self._set(_TRANSPOSE_B, c_int(0))
         if product.operands == "float8_e4m3":
-            # Sums of 14 bits, not moved to float32 ones every few products: bench/NOTES.md weighs it.
+            # Sums of 14 bits, not moved to float32 ones now and then: bench/NOTES.md weighs it.
             self._set(_FAST_ACCUM, ctypes.c_int8(1))
             self._set(_A_SCALE_MODE, c_int(_OUTER_VECTOR))
             self._set(_B_SCALE_MODE, c_int(_OUTER_VECTOR))
