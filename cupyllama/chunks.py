@@ -27,6 +27,22 @@ Fill = Callable[[np.ndarray, int], None]
 
 
 @dataclass(frozen=True)
+class Extent:
+    """Bytes that lie in a file one after another, as they are wanted."""
+
+    file: int
+    offset: int
+    stored: StoredTensor  # of which they are
+
+    def check(self, wanted: int, found: int) -> None:
+        """Raises ModelError where fewer bytes were found than are wanted, or -errno."""
+        if found < 0:
+            raise ModelError(f"{self.stored.path}: {os.strerror(-found)}")
+        if found < wanted:
+            raise ModelError(f"{self.stored.path}: ends inside {self.stored.name}", INCOMPLETE)
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A run of elements of an array, or whole rows to be quantized, and what reads them."""
 
@@ -35,6 +51,7 @@ class Chunk:
     step: int  # how many elements `fill` is to write at a time
     fill: Fill
     file_bytes: int  # that `fill` reads and does not count itself
+    extent: Extent | None = None  # where that is all there is to it
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +113,11 @@ def _flat_chunks(
     while begin < len(flat):
         out = flat[begin : begin + step * pieces()]
         fill = _run(file, stored, dtype, begin)
-        yield Chunk(out, flat.dtype, min(step, len(out)), fill, len(out) * dtype.itemsize)
+        extent = None
+        if isinstance(stored, StoredTensor) and dtype == flat.dtype:
+            extent = Extent(file, stored.offset + begin * dtype.itemsize, stored)
+        nbytes = len(out) * dtype.itemsize
+        yield Chunk(out, flat.dtype, min(step, len(out)), fill, nbytes, extent)
         begin += len(out)
 
 

@@ -1,12 +1,13 @@
 """The weights of a stage, from a checkpoint to the device.
 
-Every tensor is cut into chunks, and threads read them all at once, each chunk to its place: a core
-copies 5 to 10 GB/s out of the page cache, and the bus of a GPU takes 50. Within a chunk, a thread
-goes from piece to piece by itself: only one thread at a time may run Python, and what all of them
-do for a piece is to take little of the 40 µs in which the bus takes it.
+Every tensor is cut into chunks, and many read them at once, each chunk to its place: a core copies
+5 to 10 GB/s out of the page cache, and the bus of a GPU takes 50. What lies in the files as it is
+wanted on a GPU is read by processes. All else by threads: within a chunk, a thread goes from piece
+to piece by itself, for only one thread at a time may run Python.
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from math import prod
@@ -24,11 +25,14 @@ from cupyllama.crew import Worker, for_each
 from cupyllama.errors import ModelError
 from cupyllama.families import StageWeights, family_of
 from cupyllama.quantized import Quantized
+from cupyllama.readers import open_readers
 
 THREADS = 12
 # Small enough that what a thread has just read is still in a cache when the device fetches it.
 PIECE_BYTES = 4 << 20
-BUFFERS = 2  # of a piece each, for every thread that copies to a device
+BUFFERS = 2  # of a piece each, for every thread or process whose pieces go to a device
+# From so many bytes on it pays to start processes.
+BYTES_FOR_PROCESSES = 1 << 30
 # Few enough that all threads are at work to the end, many enough that handing out chunks costs
 # nothing.
 PIECES_PER_CHUNK = 8
@@ -51,16 +55,19 @@ def load_stage(
     piece_bytes: int = PIECE_BYTES,
     buffers: int = BUFFERS,
     quantize: str | None = None,
+    bytes_for_processes: int = BYTES_FOR_PROCESSES,
 ) -> StageWeights:
     """Read the tensors of `layers` and no others, fused, to where `ops` wants them.
 
     Args:
         dtype: what the weights are stored as; conversion happens on the way.
         on_bytes: called in this thread with the bytes of the stage's arrays that are newly there.
-        piece_bytes: how much a thread reads at a time.
-        buffers: of a piece each, from which a thread copies to a device.
+        threads: or processes, that read.
+        piece_bytes: how much one of them reads at a time.
+        buffers: of a piece each, from which those of one are copied to a device.
         quantize: "fp8" or "int8" for the layers' matrices as `Quantized`: as they are stored, or
             made from what is stored, whatever `dtype` is, a few rows at a time.
+        bytes_for_processes: that lie in the files as they are wanted on a device.
 
     Raises:
         ModelError: a tensor is missing, misshapen, unknown, unsupported or cut short.
@@ -101,12 +108,23 @@ def load_stage(
         checkpoint.count_bytes(chunk.file_bytes)
         on_bytes(chunk.nbytes)
 
-    if on_host:
-        workers = nullcontext(lambda: nullcontext(_put_on_host))
-    else:
-        workers = _device_writers(fields, threads, buffers, piece_bytes, made_here)
-    with open_files() as descriptor, workers as worker:
-        for_each(chunks(), worker, threads, on_done)
+    def on_copied(count: int) -> None:
+        checkpoint.count_bytes(count)
+        on_bytes(count)
+
+    with open_files() as descriptor:
+        todo: Iterable[Chunk] = chunks()
+        if on_host:
+            workers = nullcontext(lambda: nullcontext(_put_on_host))
+        else:
+            if left >= bytes_for_processes and hasattr(os, "memfd_create"):
+                todo = list(todo)
+                lying = [chunk for chunk in todo if chunk.extent is not None]
+                todo = [chunk for chunk in todo if chunk.extent is None]
+                _copy_files(lying, threads, buffers, piece_bytes, on_copied)
+            workers = _device_writers(fields, threads, buffers, piece_bytes, made_here)
+        with workers as worker:
+            for_each(todo, worker, threads, on_done)
     ends = arrays.get(None, {})
     if config.tie_word_embeddings and layers.stop == config.num_hidden_layers:
         ends["lm_head"] = ends["embed_tokens"]
@@ -151,6 +169,24 @@ def _put_on_host(chunk: Chunk) -> Iterator[None]:
         yield
     if isinstance(chunk.target, Quantized):
         quantize_rows(out.reshape(chunk.target.shape), chunk.target)
+
+
+def _copy_files(
+    chunks: list[Chunk],
+    processes: int,
+    buffers: int,
+    piece_bytes: int,
+    on_copied: Callable[[int], None],
+) -> None:
+    """Copy what lies in files to the device."""
+    from cupyllama.ops.transfer import copy_extents
+
+    if not chunks:
+        return
+    files = sorted({chunk.extent.file for chunk in chunks})
+    nbytes = min(piece_bytes, max(chunk.nbytes for chunk in chunks))
+    with open_readers(processes, buffers, nbytes, files) as readers:
+        copy_extents(chunks, readers, on_copied)
 
 
 def _device_writers(

@@ -2,6 +2,9 @@
 
 import builtins
 import ctypes
+import os
+import signal
+import subprocess
 import threading
 from types import SimpleNamespace
 
@@ -15,6 +18,7 @@ from cupyllama import loading
 from cupyllama.checkpoint.fields import stage_bytes, stage_fields
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.config import load_config
+from cupyllama.errors import ModelError
 from cupyllama.loading import PIECES_PER_CHUNK, load_stage
 from cupyllama.ops import reference
 
@@ -54,6 +58,10 @@ class Stream:
     def synchronize(self) -> None:
         while self.work:
             self.work.pop(0)()
+
+    @property
+    def done(self) -> bool:
+        return not self.work
 
     def __enter__(self) -> "Stream":
         self.current.stream = self
@@ -125,20 +133,82 @@ def quantize(x, out):
 OPS = SimpleNamespace(empty=empty)
 
 
+by_threads_and_processes = pytest.mark.parametrize(
+    "by", [{}, {"bytes_for_processes": 0}], ids=["threads", "processes"]
+)
+
+
+@by_threads_and_processes
 @pytest.mark.parametrize("kind", [SafetensorsCheckpoint, Derived])
 @pytest.mark.parametrize("saved", DTYPES)
 @pytest.mark.parametrize("wanted", DTYPES)
-def test_every_pair_of_dtypes(saved, wanted, kind, driver, tmp_path):
+def test_every_pair_of_dtypes(saved, wanted, kind, by, driver, tmp_path):
     directory = write_tiny_model("attention_bias", tmp_path, dtype=saved, shards=3)
-    check_load(directory, OPS, DTYPES[wanted], kind, threads=3, piece_bytes=4099)
+    check_load(directory, OPS, DTYPES[wanted], kind, threads=3, piece_bytes=4099, **by)
 
 
+@by_threads_and_processes
 @pytest.mark.parametrize("buffers", [1, 2, 3])
 @pytest.mark.parametrize(("threads", "piece_bytes"), [(1, 5001), (12, 1002), (4, 1 << 20)])
-def test_any_cut(buffers, threads, piece_bytes, driver, tmp_path):
+@pytest.mark.parametrize("haste", [False, True])
+def test_any_cut(haste, buffers, threads, piece_bytes, by, driver, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stream, "haste", haste)
     directory = write_tiny_model("odd", tmp_path, dtype="float16")
     cut = {"threads": threads, "piece_bytes": piece_bytes, "buffers": buffers}
-    check_load(directory, OPS, np.float16, **cut)
+    check_load(directory, OPS, np.float16, **cut, **by)
+
+
+def load_by_processes(directory, checkpoint=None, **options):
+    config, checkpoint = load_config(directory), checkpoint or SafetensorsCheckpoint(directory)
+    stage = (config, range(2), np.dtype(np.float16), OPS)
+    load_stage(checkpoint, *stage, bytes_for_processes=0, threads=3, **options)
+
+
+def test_a_file_that_ends_early_is_named(driver, tmp_path):
+    directory = write_tiny_model("gqa", tmp_path, dtype="float16")
+    checkpoint = SafetensorsCheckpoint(directory)
+    path = directory / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ModelError, match="model.safetensors: ends inside"):
+        load_by_processes(directory, checkpoint, piece_bytes=1000)
+
+
+def test_a_file_that_cannot_be_read_is_named(driver, tmp_path, monkeypatch):
+    directory = write_tiny_model("gqa", tmp_path, dtype="float16")
+    opened = os.open
+    monkeypatch.setattr(os, "open", lambda path, flags: opened(path, os.O_WRONLY))
+    with pytest.raises(ModelError, match="model.safetensors: Bad file descriptor"):
+        load_by_processes(directory)
+
+
+def test_a_reading_process_that_is_killed_is_told(driver, tmp_path, monkeypatch):
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: started.append(start(*a, **k)) or started[-1]
+    )
+
+    def on_bytes(count):
+        started[1].kill()
+
+    directory = write_tiny_model("gqa", tmp_path, dtype="float16")
+    with pytest.raises(ModelError, match="a process that reads the checkpoint has ended"):
+        load_by_processes(directory, piece_bytes=1000, on_bytes=on_bytes)
+    assert [process.poll() for process in started] == [-signal.SIGKILL] * 3
+
+
+def test_loading_that_is_broken_off_leaves_no_process(driver, tmp_path, monkeypatch):
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: started.append(start(*a, **k)) or started[-1]
+    )
+
+    def on_bytes(count):
+        raise KeyboardInterrupt
+
+    directory = write_tiny_model("gqa", tmp_path, dtype="float16")
+    with pytest.raises(KeyboardInterrupt):
+        load_by_processes(directory, piece_bytes=1000, on_bytes=on_bytes)
+    assert len(started) == 3 and None not in [process.poll() for process in started]
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 3])

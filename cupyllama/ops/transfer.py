@@ -1,9 +1,14 @@
-"""The way of weights to a GPU: pinned buffers, each copied on while another is filled."""
+"""The way of weights to a GPU: pinned buffers, each copied on while others are filled.
+
+By `copy_extents` what lies in files as it is wanted, by `device_writers` what does not.
+"""
 
 import mmap
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from math import prod
@@ -17,7 +22,8 @@ from cupyllama.ops.cuda import quantize
 from cupyllama.quantized import Quantized
 
 if TYPE_CHECKING:
-    from cupyllama.loading import Chunk, Fill
+    from cupyllama.chunks import Chunk, Extent, Fill
+    from cupyllama.readers import Readers
 
 Array = cupy.ndarray
 _PAGE = 4096
@@ -166,6 +172,72 @@ def device_writers(
         yield partial(DeviceWriter, cupy.cuda.Device().id, memory, staging)
     finally:
         memory.unregister()
+
+
+def copy_extents(
+    chunks: Iterable["Chunk"],
+    readers: "Readers",
+    on_copied: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Have the files' bytes read by `readers`, and copy them to the chunks' targets.
+
+    Args:
+        chunks: each with an extent.
+        on_copied: called with bytes that are there.
+
+    Raises:
+        ModelError: a file ends early, or cannot be read.
+    """
+    buffers = [PinnedBuffer(row) for row in readers.memory]
+    pieces = _pieces(chunks, readers.memory.shape[1])
+    asked: dict[int, tuple[Extent, int, int]] = {}  # by buffer: what of, to which address, bytes
+    copying: deque[tuple[int, int]] = deque()  # buffer, bytes
+    registered = False
+
+    def ask(buffer: int) -> None:
+        if (piece := next(pieces, None)) is not None:
+            extent, _, nbytes = asked[buffer] = piece
+            readers.ask(buffer, extent.file, extent.offset, nbytes)
+
+    cupy.cuda.get_current_stream().synchronize()  # as in `device_writers`
+    try:
+        for buffer in range(len(buffers)):
+            ask(buffer)
+        filled: list[tuple[int, int]] = []
+        while asked or filled:
+            if asked:
+                filled += readers.answers()
+            if not registered and asked.keys() - {buffer for buffer, _ in filled}:
+                continue  # memory that has been touched is registered much faster
+            if not registered:
+                memory = readers.memory
+                runtime.hostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE)
+                registered = True
+            for buffer, found in filled:
+                extent, address, nbytes = asked.pop(buffer)
+                extent.check(nbytes, found)
+                buffers[buffer].copy_to(address, nbytes)
+                copying.append((buffer, nbytes))
+            filled.clear()
+            while copying and (not asked or buffers[copying[0][0]].stream.done):
+                buffer, nbytes = copying.popleft()
+                buffers[buffer].stream.synchronize()
+                on_copied(nbytes)
+                ask(buffer)
+    finally:
+        for buffer in buffers:
+            buffer.stream.synchronize()
+        if registered:
+            runtime.hostUnregister(readers.memory.ctypes.data)
+
+
+def _pieces(chunks: Iterable["Chunk"], nbytes: int) -> Iterator[tuple["Extent", int, int]]:
+    """Extents of up to `nbytes`, the addresses they are copied to, and their lengths."""
+    for chunk in chunks:
+        extent, address = chunk.extent, chunk.target.data.ptr
+        for begin in range(0, chunk.nbytes, nbytes):
+            piece = replace(extent, offset=extent.offset + begin)
+            yield piece, address + begin, min(nbytes, chunk.nbytes - begin)
 
 
 def _whole_pages(nbytes: int) -> int:
