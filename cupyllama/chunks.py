@@ -93,6 +93,12 @@ def field_chunks(
         first = last
 
 
+def field_files(checkpoint: Checkpoint, field: Field) -> list[Path]:
+    """Those in which parts of the field lie as they are wanted, or may."""
+    found = (_lying(checkpoint, name) for name in field.parts if name in checkpoint.tensors)
+    return [stored.path for stored in found if stored is not None]
+
+
 def _lying(checkpoint: Checkpoint, name: str) -> StoredTensor | StoredColumns | None:
     """Where the tensor lies in a file, if nothing must be done to put it together."""
     tensor = checkpoint.tensors[name]

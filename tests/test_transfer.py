@@ -158,6 +158,14 @@ def test_any_cut(haste, buffers, threads, piece_bytes, by, driver, tmp_path, mon
     check_load(directory, OPS, np.float16, **cut, **by)
 
 
+@by_threads_and_processes
+@pytest.mark.parametrize("name", ["gqa", "tied", "opt_350m"])
+def test_a_block_for_every_layer(name, by, driver, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "_BLOCK_BYTES", 1)
+    directory = write_tiny_model(name, tmp_path, dtype="float16")
+    check_load(directory, OPS, np.float16, threads=3, piece_bytes=5001, **by)
+
+
 def load_by_processes(directory, checkpoint=None, **options):
     config, checkpoint = load_config(directory), checkpoint or SafetensorsCheckpoint(directory)
     stage = (config, range(2), np.dtype(np.float16), OPS)
