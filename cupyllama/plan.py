@@ -12,7 +12,7 @@ from cupyllama.parallel.channels import SLOTS
 from cupyllama.parallel.devices import gpu_dtype, storage_dtype
 from cupyllama.parallel.pipeline import Grid
 from cupyllama.parallel.simulate import simulate
-from cupyllama.sizing import DEFAULT_TOKENS, activation_bytes
+from cupyllama.sizing import activation_bytes, default_tokens
 from cupyllama.tensor_parallel import part_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ def describe_plan(
 ) -> str:
     """Micro-batches, the layers and bytes of each rank, and the bubble to expect."""
     rows = questions.rows
-    size = options.micro_batch_tokens or max(DEFAULT_TOKENS, rows.longest)
+    ranks = grid.replicas * grid.stages * grid.tensor_parallel
+    default = default_tokens("cpu" if options.device == "cpu" else "cuda", ranks)
+    size = options.micro_batch_tokens or max(default, rows.longest)
     batches = plan(rows.rows, size, reference)
     computed = sum(len(batch.token_ids) for batch in batches)
     dtype = options.dtype
@@ -46,7 +48,7 @@ def describe_plan(
         f"{len(batches):,} micro-batches of {size:,} tokens, {activations / 1e9:.2f} GB of "
         f"activations in {dtype}" + (", as on a GPU" if options.device == "auto" else ""),
     ]
-    for rank in range(grid.replicas * grid.stages * grid.tensor_parallel):
+    for rank in range(ranks):
         its = replace(grid, rank=rank)
         layers, own = split[its.stage], part_of(config, its.tensor_share)
         weights = stage_bytes(own, layers, storage_dtype(dtype), quantize)

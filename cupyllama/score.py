@@ -1,6 +1,5 @@
 """`cupyllama score`: read, tokenise, pack, load, evaluate, report."""
 
-import sys
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,35 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from cupyllama.background import BackgroundLoad
-from cupyllama.checkpoint.quantization import check_device, choose_quantization
-from cupyllama.checkpoint.slices import part_of_checkpoint
-from cupyllama.checkpoint.source import open_checkpoint
-from cupyllama.checkpoint.stages import split_layers
 from cupyllama.compare import OtherRun, check_questions, compare, read_samples
-from cupyllama.config import load_config
-from cupyllama.errors import DataError, DeviceError, ModelError, UsageError
+from cupyllama.errors import DeviceError, ModelError, UsageError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
 from cupyllama.families import config_fields, family_of
 from cupyllama.files import check_writable, is_special, write_json, write_json_lines
 from cupyllama.journal import Journal
 from cupyllama.parallel import pipeline
-from cupyllama.parallel.devices import (
-    check_verified,
-    choose_device,
-    choose_dtype,
-    storage_dtype,
-)
-from cupyllama.parallel.pipeline import make_grid
+from cupyllama.parallel.devices import storage_dtype
 from cupyllama.parallel.world import World, open_world
 from cupyllama.plan import describe_plan
 from cupyllama.progress import ProgressBar
 from cupyllama.provenance import digests, versions
 from cupyllama.questions import read_questions
+from cupyllama.rank import Rank, check_same
 from cupyllama.report import Answers, RankReport, Report
-from cupyllama.sizing import micro_batch_tokens
+from cupyllama.sizing import default_tokens, micro_batch_tokens
 from cupyllama.tasks.conventions import CONVENTIONS
-from cupyllama.tensor_parallel import check_tensor_parallel, part_of
 from cupyllama.trace import Span, busy_seconds, write_trace
 
 
@@ -77,7 +64,7 @@ def score(options: ScoreOptions) -> Report | None:
     Raises:
         CupyllamaError: whatever the user can mend, each with its exit code.
     """
-    world = open_world()
+    world = open_world("With --samples, --resume goes on from there.")
     run = Run(options, world)
     try:
         with world.together():
@@ -99,38 +86,20 @@ def score(options: ScoreOptions) -> Report | None:
     return report
 
 
-class Run:
-    """One rank's part of a run, step by step.
-
-    What a step may raise it raises before it waits for another rank: `together` and `agree` are
-    where ranks meet.
-    """
+class Run(Rank):
+    """One rank's part of a run, step by step."""
 
     def __init__(self, options: ScoreOptions, world: World):
-        self.options, self.world = options, world
-        self.is_printer = world.rank == 0 and not options.quiet
+        super().__init__(options, world)
         self.began = time.time()
         self.spans: list[Span] = []
-        self.load: BackgroundLoad | None = None
         self.journal: Journal | None = None
         self.other: OtherRun | None = None
-
-    def say(self, text: str) -> None:
-        """One line on stderr, from rank 0 alone."""
-        if self.is_printer:
-            print(text, file=sys.stderr)
 
     def set_up(self) -> None:
         """Who does what on which device; begins to load."""
         options, world = self.options, self.world
-        self.config = load_config(options.model)
-        self.grid = make_grid(world, options.replicas, options.tensor_parallel)
-        check_tensor_parallel(self.config, options.tensor_parallel)
-        share = self.grid.tensor_share
-        self.own_config = part_of(self.config, share)
-        self.quantize = choose_quantization(options.quantize, options.model, self.own_config)
-        self.split = split_layers(self.config, self.grid.stages, options.layers_per_stage)
-        self.layers = self.split[self.grid.stage]
+        self.choose_part(options.replicas)
         if options.compare is not None and world.rank == 0:
             self.other = read_samples(options.compare)
         if options.dry_run:
@@ -146,23 +115,7 @@ class Run:
                         f"{options.samples}: is finished, there is nothing to resume",
                         "Leave --resume out to score everything again.",
                     )
-        self.device, reason = choose_device(options.device, world.local_rank, world.local_size)
-        if reason and options.device == "auto":
-            self.say(f"no GPU ({reason}); computing on the CPU")
-        check_device(self.quantize, self.device)
-        check_verified(self.device, self.config.family, self.quantize, options.tensor_parallel)
-        self.dtype = choose_dtype(options.dtype, self.config.dtype, self.device)
-        self.checkpoint = open_checkpoint(options.model)
-        self.own_checkpoint = part_of_checkpoint(self.checkpoint, self.config, share)
-        self.load = BackgroundLoad(
-            self.own_checkpoint,
-            self.own_config,
-            self.layers,
-            self.dtype,
-            self.device,
-            self.is_printer,
-            self.quantize,
-        )
+        self.begin_load()
 
     def read_questions(self) -> None:
         """Questions to token rows, while weights are loading."""
@@ -201,16 +154,11 @@ class Run:
             free,
             self.quantize,
             fused=self.device.compute_capability == 90 and self.dtype != "float32",
+            default=default_tokens(self.device.kind, self.world.size),
         )
         everyone = self.world.allgather((work, size, asked))
         with self.world.together():
-            for rank, (other, _, _) in enumerate(everyone):
-                differing = [what for what in work if other[what] != everyone[0][0][what]]
-                if differing:
-                    raise DataError(
-                        f"rank {rank} and rank 0 differ in: {', '.join(differing)}",
-                        "Every host needs the same files at the same paths, and equal devices.",
-                    )
+            check_same([other for other, _, _ in everyone])
         self.size = everyone[0][2] or min(size for _, size, _ in everyone)
 
     def pack_and_load(self) -> None:
@@ -419,7 +367,6 @@ class Run:
 
     def close(self) -> None:
         """End what an error may have left open."""
-        if self.load is not None:
-            self.load.cancel()
+        super().close()
         if self.journal is not None:
             self.journal.close()

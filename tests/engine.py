@@ -14,11 +14,14 @@ from cupyllama.ops import reference
 from cupyllama.packing import TokenRow
 
 
-def build_stage(model: Path, ops=reference, dtype=np.float32, positions: int = 512) -> Stage:
+def build_stage(
+    model: Path, ops=reference, dtype=np.float32, positions: int = 512, quantize: str | None = None
+) -> Stage:
     """All layers of a checkpoint directory, for rows of `positions` tokens if it takes them."""
     config = load_config(model)
     layers = range(config.num_hidden_layers)
-    weights = load_stage(open_checkpoint(model), config, layers, np.dtype(dtype), ops)
+    checkpoint, dtype = open_checkpoint(model), np.dtype(dtype)
+    weights = load_stage(checkpoint, config, layers, dtype, ops, quantize=quantize)
     positions = min(positions, config.max_position_embeddings)
     return family_of(config).model.Stage(config, weights, ops, positions)
 

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from cupyllama.generation.batch import Segment, cached_batch
 from cupyllama.kernels import SECTION, STEP_KEYS
 from cupyllama.ops.attention_plan import (
     LONG_KEYS,
@@ -14,6 +15,7 @@ from cupyllama.ops.attention_plan import (
     attention_items,
     attention_tiles,
     item_queries,
+    keys_in_common,
 )
 from cupyllama.packing import TokenRow, pack
 
@@ -97,6 +99,60 @@ def test_every_query_sees_its_keys_in_order(rng, queries, rows, longest, tokens)
         begins, counts = items[:, 2], items[:, 3]
         taken = np.concatenate([np.arange(b, b + c) for b, c in zip(begins, counts, strict=True)])
         assert sorted(taken.tolist()) == list(range(len(steps)))
+
+
+def sequences(rng, *shapes):
+    """Segments with keys in a cache.
+
+    Args:
+        shapes: of each its own tokens, the keys before them, and the segment that has these as its
+            first; -1: nobody has.
+    """
+    slots = iter(rng.permutation(1 << 16).astype(np.int32))
+    found = []
+    for own, past, other in shapes:
+        first = [next(slots) for _ in range(past)] if other < 0 else found[other].slots[:past]
+        row = np.array([*first, *(next(slots) for _ in range(own))], np.int32)
+        assert len(row) == past + own
+        found.append(Segment([7] * own, past, row))
+    return cached_batch(found)
+
+
+# Neighbours with as many keys before their own, and none in common; or some, or all.
+CACHED = [
+    [(1, 0, -1)],
+    [(1, 4095, -1), (1, 4095, -1)],
+    [(10, 200, -1), (10, 200, -1), (10, 200, 1), (10, 200, 0), (10, 130, 3)],
+    [(300, 0, -1), (9, 256, 0), (5, 260, 1), (5, 64, -1), (5, 64, 3), (70, 300, 0), (1, 63, 0)],
+    [(1, 70, -1)] * 5 + [(1, 70, 4)] * 40 + [(1, 71, 44), (1, 70, 0)],
+]
+
+
+@SIZES
+@pytest.mark.parametrize("shapes", CACHED)
+def test_neighbours_share_only_the_keys_that_are_the_same(rng, queries, shapes):
+    batch = sequences(rng, *shapes)
+    items, steps = attention_items(batch, queries, keys_in_common(batch))
+    assert keys_by_plan(batch, items, steps) == keys_of_places(batch)
+
+
+def test_keys_in_common(rng):
+    batch = sequences(rng, *CACHED[3])
+    np.testing.assert_array_equal(keys_in_common(batch), [0, 256, 260, 0, 64, 0, 63])
+    batch = sequences(rng, *CACHED[2])
+    np.testing.assert_array_equal(keys_in_common(batch), [0, 0, 200, 0, 130])
+    as_if_sorted, _ = attention_items(batch, 128)
+    np.testing.assert_array_equal(as_if_sorted[:, 1], [40, 10])
+    items, _ = attention_items(batch, 128, keys_in_common(batch))
+    np.testing.assert_array_equal(np.sort(items[:, 1]), [10, 20, 20])
+
+
+@pytest.mark.parametrize("rows, longest, tokens", FORESTS)
+def test_sorted_rows_are_planned_alike_either_way(rng, rows, longest, tokens):
+    for batch in forest(rng, rows, longest, tokens)[:3]:
+        plain, compared = (attention_items(batch, 64, x) for x in (None, keys_in_common(batch)))
+        for a, b in zip(plain, compared, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @SIZES

@@ -356,7 +356,7 @@ def test_a_file_that_cannot_be_compared_with_is_refused_before_loading(
     def load(*arguments):
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr("cupyllama.score.BackgroundLoad", load)
+    monkeypatch.setattr("cupyllama.rank.BackgroundLoad", load)
     refused(
         tmp_path, "nowhere.jsonl: No such file", "--samples", compare=tmp_path / "nowhere.jsonl"
     )

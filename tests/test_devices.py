@@ -7,7 +7,6 @@ from cupyllama.errors import DeviceError
 from cupyllama.ops import reference
 from cupyllama.parallel.devices import (
     Device,
-    check_verified,
     choose_device,
     choose_dtype,
     gpu_dtype,
@@ -36,22 +35,6 @@ AMPERE = Device("cuda", "A100", reference, 80)
 )
 def test_auto(device, saved, expected):
     assert choose_dtype("auto", saved, device) == expected
-
-
-@pytest.mark.parametrize(
-    ("what", "run"),
-    [
-        ("OPT", ("opt", None, 1)),
-        ("--quantize int8", ("llama", "int8", 1)),
-        ("--tensor-parallel", ("llama", "fp8", 2)),
-    ],
-)
-def test_what_no_gpu_has_verified_is_refused_on_one(what, run):
-    check_verified(CPU, *run)
-    with pytest.raises(DeviceError, match=f"^{what} has not been verified on a GPU"):
-        check_verified(AMPERE, *run)
-    for quantize in (None, "fp8"):
-        check_verified(AMPERE, "llama", quantize, 1)
 
 
 @pytest.mark.parametrize("saved", ["float32", "float16", "bfloat16"])

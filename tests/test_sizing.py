@@ -12,7 +12,13 @@ from cupyllama.bench.shapes import model_config
 from cupyllama.checkpoint.fields import stage_bytes
 from cupyllama.config import load_config
 from cupyllama.ops import reference
-from cupyllama.sizing import DEFAULT_TOKENS, LEAST_TOKENS, activation_bytes, micro_batch_tokens
+from cupyllama.sizing import (
+    DEFAULT_TOKENS,
+    LEAST_TOKENS,
+    activation_bytes,
+    default_tokens,
+    micro_batch_tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +46,12 @@ def test_activations_by_hand(config):
 
 def test_what_is_asked_for_is_taken(config):
     assert micro_batch_tokens(100, 5000, config, "float16", 1024, 0) == 100
+
+
+def test_a_lone_gpu_has_larger_micro_batches(config):
+    assert [default_tokens("cuda", 1), default_tokens("cuda", 4)] == [32768, 8192]
+    assert default_tokens("cpu", 1) == 8192
+    assert micro_batch_tokens(None, 100, config, "float16", 1024, None, default=32768) == 32768
 
 
 def test_the_default_holds_the_longest_row(config):

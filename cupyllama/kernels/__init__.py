@@ -1,6 +1,7 @@
 """CUDA kernels, compiled at run time from the files in this folder."""
 
 import functools
+import itertools
 import math
 import os
 import re
@@ -16,6 +17,8 @@ _HOPPER = "_sm90.cu"
 
 # What -DSTORAGE may be, and the bytes of a number of it.
 _ITEMSIZE = {"FP16": 2, "BF16": 2, "FP32": 4}
+# Queries of a kv head, and warps, for which attention_decode.cu is compiled.
+_DECODE = ((4, 4), (1, 4), (1, 16), (8, 8))
 # Where rare head sizes are compiled too; elsewhere the common ones stand for them.
 _THOROUGH = (80, 90)
 # Bytes of a row of shared memory in the widest swizzle of Hopper's copy engine.
@@ -28,6 +31,26 @@ _QUANTIZE = {"fp8": 1, "int8": 2}
 # attention_sm90.cu: keys of a step, on which bits depend, and neighbouring items that run together.
 STEP_KEYS = 64
 SECTION = 8
+# attention_decode.cu: keys of a warp, on which bits depend.
+DECODE_CHUNK = 32
+
+# few_rows.cu: as many rows of x as a tile takes, and the shape of a block then: ROWS, ROW_WARPS,
+# TOKEN_WARPS, K_WARPS, CHUNKS, STAGES, BLOCKS (of a multiprocessor).
+FEW_ROWS = {
+    8: (64, 2, 1, 4, 1, 4, 2),
+    16: (128, 4, 1, 2, 1, 4, 2),
+    32: (128, 4, 1, 2, 2, 3, 1),
+    64: (128, 4, 1, 2, 1, 4, 1),
+    128: (128, 4, 2, 1, 2, 2, 1),
+}
+# gemv.cu: for how many rows of x it is compiled, and what it is the fastest with on 9.0: warps of a
+# block, words of x in the registers of a lane, and shared memory at most.
+GEMV = (1, 2, 4)
+GEMV_WARPS = 16
+GEMV_WORDS = 32
+GEMV_SHARED_BYTES = 200 * 1024
+# Shared memory that a block may have, where it is not what 8.0 has.
+_SHARED_KIB = {86: 99, 89: 99, 120: 99, 90: 227, 100: 227}
 
 Constants = dict[str, Any]
 
@@ -47,6 +70,11 @@ def source(filename: str) -> str:
     return f'#line 1 "{filename}"\n' + _LOCAL_INCLUDE.sub(paste, text)
 
 
+def debugging() -> bool:
+    """Whether each launch is to wait for its end: CUPYLLAMA_DEBUG=1 in the environment."""
+    return os.environ.get("CUPYLLAMA_DEBUG", "0") not in ("", "0")
+
+
 @functools.cache
 def kernel(filename: str, name: str, shared_bytes: int = 0, **constants: Any) -> Callable:
     """The kernel `name` of a file, compiled for the current device with -D`constants`.
@@ -63,7 +91,7 @@ def kernel(filename: str, name: str, shared_bytes: int = 0, **constants: Any) ->
     function = cupy.RawModule(code=source(filename), options=options).get_function(name)
     if shared_bytes > _DEFAULT_SHARED_BYTES:
         function.max_dynamic_shared_size_bytes = shared_bytes
-    if os.environ.get("CUPYLLAMA_DEBUG", "0") in ("", "0"):
+    if not debugging():
         return function
     return _checked(function, " ".join((filename, name, *_definitions(constants))))
 
@@ -154,7 +182,7 @@ def rope_constants(
 
 
 def attention_constants(
-    storage: str, head_dim: int, num_heads: int, num_key_value_heads: int
+    storage: str, head_dim: int, num_heads: int, num_key_value_heads: int, cached: bool = False
 ) -> Constants:
     """Of attention.cu.  WARP_QUERIES: as many as 48 KiB of shared memory allow."""
     return {
@@ -162,12 +190,13 @@ def attention_constants(
         "HEAD_DIM": head_dim,
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_key_value_heads,
+        "CACHED": int(cached),
         "WARP_QUERIES": 8 if head_dim <= 128 else 2,
     }
 
 
 def attention_mma_constants(
-    storage: str, head_dim: int, num_heads: int, num_key_value_heads: int
+    storage: str, head_dim: int, num_heads: int, num_key_value_heads: int, cached: bool = False
 ) -> Constants:
     """Of attention_mma.cu.  KEYS: a tile of them, by the head size alone because bits depend on it;
     the scores of a larger one would not fit the registers beside the queries and the output."""
@@ -176,6 +205,7 @@ def attention_mma_constants(
         "HEAD_DIM": head_dim,
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_key_value_heads,
+        "CACHED": int(cached),
         "KEYS": 64 if head_dim <= 128 else 32 if head_dim <= 192 else 16,
     }
 
@@ -187,7 +217,12 @@ def attention_mma_shared_bytes(constants: Constants) -> int:
 
 
 def attention_sm90_constants(
-    storage: str, head_dim: int, num_heads: int, num_key_value_heads: int, item_queries: int
+    storage: str,
+    head_dim: int,
+    num_heads: int,
+    num_key_value_heads: int,
+    item_queries: int,
+    cached: bool = False,
 ) -> Constants:
     """Of attention_sm90.cu, for items of 64 or 128 queries.
 
@@ -201,6 +236,7 @@ def attention_sm90_constants(
         "HEAD_DIM": head_dim,
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_key_value_heads,
+        "CACHED": int(cached),
         "GROUPS": item_queries // 64,
         "STAGES": 3 if item_queries == 64 else 5,
         "KEYS": STEP_KEYS,
@@ -214,6 +250,49 @@ def attention_sm90_shared_bytes(constants: Constants) -> int:
     row, stages = 2 * constants["HEAD_DIM"], constants["STAGES"]
     matrices = (64 * constants["GROUPS"] + 2 * stages * constants["KEYS"]) * row
     return matrices + 8 * (4 * stages + 2) + 32 + 8 * stages
+
+
+def attention_store_constants(columns: int, row: int, itemsize: int) -> Constants:
+    """Of attention_store.cu: of rows of `row` numbers the last `columns` are stored."""
+    unit = math.gcd(columns * itemsize, row * itemsize, 16)
+    units = {"UNITS": columns * itemsize // unit, "ROW_UNITS": row * itemsize // unit}
+    return units | {"UNIT_BYTES": unit}
+
+
+def attention_decode_constants(
+    storage: str, head_dim: int, num_heads: int, num_key_value_heads: int, warps: int = 4
+) -> Constants:
+    """Of attention_decode.cu, by blocks of 4, 8 or 16 warps, on which no bits depend.
+
+    HEADS: how many queries of a kv head share what is read.  AT_ONCE, BLOCKS: what the registers
+    hold of keys and values beside so many queries and sums, and for how many blocks.  SPAN: what 33
+    KiB of shared memory hold.
+    """
+    queries, itemsize = num_heads // num_key_value_heads, _ITEMSIZE[storage]
+    heads = max(n for n in range(1, 9) if queries % n == 0 and n * head_dim <= 1024 or n == 1)
+    at_once = 8 if heads == 1 else 4 if heads <= 4 else 2
+    columns = heads * head_dim
+    span, blocks = 16 if columns <= 512 else 8, 2
+    if heads <= 4 and columns <= 512:
+        blocks = 4 if heads <= 2 and columns <= 256 else 3
+    return {
+        "STORAGE": storage,
+        "HEAD_DIM": head_dim,
+        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_key_value_heads,
+        "HEADS": heads,
+        # Where a key is more than a warp reads in one access, each lane has more of it.
+        "AT_ONCE": at_once // 2 if head_dim // pack_width(head_dim, itemsize) > 32 else at_once,
+        "CHUNK": DECODE_CHUNK,
+        "SPAN": span,
+        "WARPS": min(warps, span, 16 if blocks == 4 else 8),
+        "BLOCKS": 1 if warps > 4 else blocks,
+    }
+
+
+def attention_decode_shared_bytes(constants: Constants) -> int:
+    """Of the chunks of a span a sum of values, a peak and a total for each head."""
+    return 4 * constants["SPAN"] * constants["HEADS"] * (constants["HEAD_DIM"] + 2)
 
 
 def gemm_sm90_constants(storage: str, epilogue: str, fp8: bool, head_dim: int = 0) -> Constants:
@@ -243,6 +322,87 @@ def gemm_sm90_shared_bytes(constants: Constants) -> int:
     return constants["STAGES"] * ((constants["TILE_M"] + constants["TILE_N"]) * PITCH + 16)
 
 
+def few_rows_constants(
+    storage: str, rows: int, epilogue: str, wide: bool, shared_bytes: int
+) -> Constants | None:
+    """Of few_rows.cu, or None where it takes fewer rows.  Bits depend on all of these, and on how
+    many blocks there are.
+
+    Args:
+        rows: of x.
+        epilogue: PLAIN, RELU, SWIGLU or ROPE.
+        wide: the result is float32.
+        shared_bytes: what a block may have: less makes shorter rings, and other tiles.
+    """
+    names = ("ROWS", "ROW_WARPS", "TOKEN_WARPS", "K_WARPS", "CHUNKS", "STAGES", "BLOCKS")
+    for tokens in (size for size in FEW_ROWS if size >= rows):
+        constants = dict(zip(names, FEW_ROWS[tokens], strict=True), TOKENS=tokens)
+        # As many parts of k as put their sums side by side in 24 KiB; the others are added to them.
+        parts = constants["K_WARPS"]
+        while parts > 1 and parts * tokens * (constants["ROWS"] + 4) * 4 > 24 * 1024:
+            parts //= 2
+        constants |= {"STORAGE": storage, "EPILOGUE": epilogue, "SUM_PARTS": parts}
+        constants["OUT_T"] = "float" if wide else "storage_t"
+        while constants["STAGES"] > 2 and few_rows_shared_bytes(constants) > shared_bytes:
+            constants["STAGES"] -= 1
+        if few_rows_shared_bytes(constants) <= shared_bytes:
+            return constants
+    return None
+
+
+def few_rows_shared_bytes(constants: Constants) -> int:
+    """The ring of rows of w and of x, and the sums."""
+    k = constants["K_WARPS"] * constants["CHUNKS"]  # in 64 bytes of w
+    ring = constants["STAGES"] * k * (64 * constants["ROWS"] + 128 * constants["TOKENS"])
+    return ring + constants["SUM_PARTS"] * constants["TOKENS"] * (constants["ROWS"] + 4) * 4
+
+
+def gemv_constants(
+    storage: str, eight_bit: bool, rows: int, k: int, epilogue: str, wide: bool, shared_bytes: int
+) -> Constants:
+    """Of gemv.cu.  Bits depend on K_WARPS, SLICE and TOKENS; arguments as of few_rows_constants.
+
+    Args:
+        eight_bit: weights are int8.
+    """
+    tokens = next(size for size in GEMV if rows <= size)
+    units = -(-k * (1 if eight_bit else 2) // 512)
+    most_units = max(1, GEMV_WORDS // (tokens * (8 if eight_bit else 4)))
+
+    def cost(cut: tuple[int, int]) -> float:
+        """Units that are none, passes over the pairs, and warps that are missing."""
+        k_warps, units_at_once = cut
+        passes = -(-units // (k_warps * units_at_once))
+        idle = 1 - k_warps * (GEMV_WARPS // k_warps) / GEMV_WARPS
+        return k_warps * units_at_once * passes / units + 0.02 * passes + 0.2 * idle
+
+    cuts = itertools.product(range(GEMV_WARPS, 0, -1), range(1, most_units + 1))
+    k_warps, units_at_once = min(cuts, key=cost)
+    groups, band = GEMV_WARPS // k_warps, 32
+    sums = 2 * k_warps * band * 2 * tokens * 4
+    room = min(shared_bytes, GEMV_SHARED_BYTES) - sums
+    return {
+        "STORAGE": storage,
+        "INT8": int(eight_bit),
+        "EPILOGUE": epilogue,
+        "OUT_T": "float" if wide else "storage_t",
+        "K": k,
+        "TOKENS": tokens,
+        "K_WARPS": k_warps,
+        "GROUPS": groups,
+        "SLICE": units_at_once,
+        "DEPTH": min(room // (k_warps * groups * 1024), 16),
+        "BAND": band,
+    }
+
+
+def gemv_shared_bytes(constants: Constants) -> int:
+    """The rings, and the sums of two bands."""
+    k_warps, pairs = constants["K_WARPS"], constants["BAND"]
+    ring = constants["DEPTH"] * k_warps * constants["GROUPS"] * 1024
+    return ring + 2 * k_warps * pairs * 2 * constants["TOKENS"] * 4
+
+
 def sum_parts_constants(storage: str, count: int, ranks: int) -> Constants:
     return {"STORAGE": storage, "WIDTH": pack_width(count, _ITEMSIZE[storage]), "RANKS": ranks}
 
@@ -251,12 +411,21 @@ def log_probs_constants(vocab: int) -> Constants:
     return {"VOCAB": vocab, "THREADS": 512}
 
 
+def sampling_constants(vocab: int) -> Constants:
+    """Of sampling.cu.  WEIGHT_BITS: likelihoods of all tokens add up to less than 2^32."""
+    return {"VOCAB": vocab, "THREADS": 1024, "WEIGHT_BITS": min(32 - vocab.bit_length(), 20)}
+
+
 def variants(arch: int) -> Iterator[tuple[str, Constants]]:
     """Files and constants that stand for all that models ask of `sm_<arch>`."""
     yield "gather.cu", gather_constants(6656, 2)
     yield "gather.cu", gather_constants(331, 2)
+    yield "attention_store.cu", attention_store_constants(2 * 8 * 128, 48 * 128, 2)
+    yield "attention_store.cu", attention_store_constants(2 * 31, 3 * 31, 2)
     yield "log_probs.cu", log_probs_constants(32000)
     yield "log_probs.cu", log_probs_constants(331)
+    for vocab in (50272, 331):
+        yield "sampling.cu", sampling_constants(vocab)
     for storage in _ITEMSIZE:
         for hidden in (6656, 331):
             yield "rmsnorm.cu", rmsnorm_constants(storage, hidden)
@@ -275,6 +444,8 @@ def variants(arch: int) -> Iterator[tuple[str, Constants]]:
                 yield "rmsnorm.cu", rmsnorm_constants(storage, columns, quantize=True)
                 yield "layernorm.cu", layernorm_constants(storage, columns, quantize=True)
                 yield "swiglu.cu", swiglu_constants(storage, columns, quantize=True)
+        if arch >= 80 and storage != "FP32":
+            yield from _few_rows_variants(storage, arch)
         if arch == 90 and storage != "FP32":
             for fp8 in (False, True):
                 yield "gemm_sm90.cu", gemm_sm90_constants(storage, "SWIGLU", fp8)
@@ -282,17 +453,42 @@ def variants(arch: int) -> Iterator[tuple[str, Constants]]:
                     yield "gemm_sm90.cu", gemm_sm90_constants(storage, "ROPE", fp8, head_dim)
         for head_dim in _head_dims(arch):
             heads = (storage, head_dim, 32, 8)
-            yield "attention.cu", attention_constants(*heads)
-            if arch >= 80 and storage != "FP32":
-                yield "attention_mma.cu", attention_mma_constants(*heads)
-            if arch == 90 and storage != "FP32" and head_dim in (64, 128):
-                for item_queries in (64, 128):
-                    yield "attention_sm90.cu", attention_sm90_constants(*heads, item_queries)
+            common = head_dim in (64, 128)
+            for queries, warps in _DECODE if common else _DECODE[:1]:
+                decode = (storage, head_dim, 8 * queries, 8, warps)
+                yield "attention_decode.cu", attention_decode_constants(*decode)
+            for cached in (False, True) if common else (False,):
+                yield "attention.cu", attention_constants(*heads, cached)
+                if arch >= 80 and storage != "FP32":
+                    yield "attention_mma.cu", attention_mma_constants(*heads, cached)
+                if arch == 90 and storage != "FP32" and head_dim in (64, 128):
+                    for queries in (64, 128):
+                        constants = attention_sm90_constants(*heads, queries, cached)
+                        yield "attention_sm90.cu", constants
     if arch in _THOROUGH:
         yield "rope.cu", rope_constants("FP16", 100, 32, 32)
         yield "add.cu", add_constants("FP16", 331, wide_rows=True)
         yield "swiglu.cu", swiglu_constants("FP16", 331)
         yield "sum_parts.cu", sum_parts_constants("BF16", 331, 8)
+
+
+def _few_rows_variants(storage: str, arch: int) -> Iterator[tuple[str, Constants]]:
+    shared_bytes = _SHARED_KIB.get(arch, 163) * 1024
+    epilogues = ("RELU", "SWIGLU", "ROPE") if arch in _THOROUGH else ()
+    for rows in FEW_ROWS if arch in _THOROUGH else (8, 64):
+        constants = few_rows_constants(storage, rows, "PLAIN", rows == 8, shared_bytes)
+        if constants is not None:
+            yield "few_rows.cu", constants
+    for epilogue in epilogues:
+        yield "few_rows.cu", few_rows_constants(storage, 8, epilogue, False, shared_bytes)
+    for eight_bit in (False, True):
+        for rows in GEMV if arch in _THOROUGH else (1, 4):
+            for k in (7168, 28672, 11008) if arch == 90 else (7168,):
+                shape = (storage, eight_bit, rows, k, "PLAIN", rows == 1)
+                yield "gemv.cu", gemv_constants(*shape, shared_bytes)
+        for epilogue in epilogues:
+            shape = (storage, eight_bit, 1, 528, epilogue, False)
+            yield "gemv.cu", gemv_constants(*shape, shared_bytes)
 
 
 def _head_dims(arch: int) -> tuple[int, ...]:

@@ -8,6 +8,8 @@
 //
 // A query's bits depend on nothing but its row: tiles start at the row's key 0 and step by 32
 // wherever the segment starts, and a key it must not see adds exp2(-infinity) = 0 and moves no peak.
+//
+// With CACHED=1, key_index is of rows of a cache, each keys and then values; else it is of qkv's.
 #include "common.cuh"
 
 constexpr int WARPS = 4;
@@ -15,6 +17,7 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int KEYS = 32;
 constexpr int QUERIES = WARPS * WARP_QUERIES;
 constexpr int WIDTH = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM;  // of a row of qkv
+constexpr int KEY_WIDTH = CACHED ? 2 * NUM_KV_HEADS * HEAD_DIM : WIDTH;
 constexpr int COLUMNS = (HEAD_DIM + 31) / 32;                     // a lane
 constexpr int PITCH = 32 * COLUMNS + 4;  // an odd number of float4: lanes hit different banks
 constexpr int PACK = pack_width(HEAD_DIM);
@@ -43,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
     const int *__restrict__ segment_start,  // (segments + 1,)
     const int *__restrict__ key_start,      // (segments + 1,)
     const int *__restrict__ key_index,      // (keys,)
-    float scale)                            // log2(e) / sqrt(HEAD_DIM)
+    float scale,                            // log2(e) / sqrt(HEAD_DIM)
+    const storage_t *__restrict__ cache)    // (slots, KEY_WIDTH): k, then v; unused if not CACHED
 {
     alignas(16) __shared__ float q[QUERIES][PITCH];
     alignas(16) __shared__ float kv[KEYS][PITCH];
@@ -62,7 +66,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
     const int keys = past + first_query + block_queries;  // what the block's last query sees
     const int warp_query = warp * WARP_QUERIES;           // in the block
     const size_t first_row = first_token + first_query;
-    const storage_t *k = qkv + (NUM_HEADS + head / (NUM_HEADS / NUM_KV_HEADS)) * HEAD_DIM;
+    const int kv_head = head / (NUM_HEADS / NUM_KV_HEADS);
+    const storage_t *k =
+        CACHED ? cache + kv_head * HEAD_DIM : qkv + (NUM_HEADS + kv_head) * HEAD_DIM;
     const storage_t *v = k + NUM_KV_HEADS * HEAD_DIM;
     key_index += own_keys;
 
@@ -76,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
     for (int first = 0; first < keys; first += KEYS) {
         __syncthreads();  // the values of the tile before are used up
         fill(kv, KEYS, keys - first,
-             [&](int i) { return k + (size_t)key_index[first + i] * WIDTH; });
+             [&](int i) { return k + (size_t)key_index[first + i] * KEY_WIDTH; });
         __syncthreads();
 
         float s[WARP_QUERIES] = {};
@@ -104,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
         }
         __syncthreads();  // the keys are used up
         fill(kv, KEYS, keys - first,
-             [&](int i) { return v + (size_t)key_index[first + i] * WIDTH; });
+             [&](int i) { return v + (size_t)key_index[first + i] * KEY_WIDTH; });
         __syncthreads();
 
         for (int key = 0; key < KEYS; key += 4) {

@@ -9,6 +9,8 @@
 // A query's bits depend on nothing but its row: tiles start at the row's key 0 and step by KEYS
 // wherever the segment starts, and a key it must not see adds exp2(-infinity) = 0 and moves no peak.
 //
+// With CACHED=1, key_index is of rows of a cache, each keys and then values; else it is of qkv's.
+//
 // Registers of mma.m16n8k16 (PTX ISA, 9.7.14): with g = lane / 4 and t = lane % 4, of A[16][16] a
 // lane holds rows g and g + 8, columns 2t, 2t + 1 and the same + 8; of B[16][8] column g, rows 2t,
 // 2t + 1 and the same + 8; of C[16][8] rows g and g + 8, columns 2t, 2t + 1.
@@ -18,6 +20,7 @@ constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int QUERIES = 16 * WARPS;
 constexpr int WIDTH = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM;  // of a row of qkv
+constexpr int KEY_WIDTH = CACHED ? 2 * NUM_KV_HEADS * HEAD_DIM : WIDTH;
 constexpr int DEPTH = (HEAD_DIM + 15) / 16 * 16;  // HEAD_DIM with zeros up to what mma takes
 constexpr int PITCH = 2 * DEPTH + 16;  // bytes; an odd number of 16-byte units: no bank conflicts
 constexpr int PART = KEYS * PITCH;     // bytes of a tile's keys, or of its values
@@ -90,7 +93,7 @@ __device__ inline float exp2_fast(float x)
     return y;
 }
 
-// Fetch this warp's part of a tile; `place` is the packed place of the key `lane % WARP_KEYS` of it.
+// Fetch this warp's part of a tile; `place` is the row of the key `lane % WARP_KEYS` of it.
 __device__ inline void fetch(unsigned stage, const storage_t *k, int place, int keys_left)
 {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -98,7 +101,7 @@ __device__ inline void fetch(unsigned stage, const storage_t *k, int place, int 
     for (int first = 0; first < WARP_KEYS * UNITS; first += 32) {
         const int key = (first + lane) / UNITS, unit = (first + lane) % UNITS;
         const int at = __shfl_sync(ALL_LANES, place, key);
-        const char *from = reinterpret_cast<const char *>(k + (size_t)at * WIDTH) + unit * UNIT;
+        const char *from = reinterpret_cast<const char *>(k + (size_t)at * KEY_WIDTH) + unit * UNIT;
         const unsigned to = stage + (warp * WARP_KEYS + key) * PITCH + unit * UNIT;
         const bool real = warp * WARP_KEYS + key < keys_left;
         if (key < WARP_KEYS) {
@@ -108,7 +111,7 @@ __device__ inline void fetch(unsigned stage, const storage_t *k, int place, int 
     }
 }
 
-// Packed place of this lane's key of the tile that starts at `first`; any place past the end.
+// Row of this lane's key of the tile that starts at `first`; any row past the end.
 __device__ inline int place_of_key(const int *key_index, int first, int keys)
 {
     const int key = first + threadIdx.x / 32 * WARP_KEYS + threadIdx.x % WARP_KEYS;
@@ -227,7 +230,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 64 ? 3 : 2) atten
     const int *__restrict__ segment_start,  // (segments + 1,)
     const int *__restrict__ key_start,      // (segments + 1,)
     const int *__restrict__ key_index,      // (keys,)
-    float scale)                            // log2(e) / sqrt(HEAD_DIM)
+    float scale,                            // log2(e) / sqrt(HEAD_DIM)
+    const storage_t *__restrict__ cache)    // (slots, KEY_WIDTH): k, then v; unused if not CACHED
 {
     extern __shared__ uint4 memory[];
     const unsigned shared = __cvta_generic_to_shared(memory);
@@ -243,7 +247,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 64 ? 3 : 2) atten
     const int warp_query = tile.y + 16 * warp;
     const int warp_queries = last_query + 1 - warp_query;  // 16, fewer, or none
     const int warp_keys = past + min(warp_query + 16, queries);
-    const storage_t *k = qkv + (NUM_HEADS + head / (NUM_HEADS / NUM_KV_HEADS)) * HEAD_DIM;
+    const int kv_head = head / (NUM_HEADS / NUM_KV_HEADS);
+    const storage_t *k =
+        CACHED ? cache + kv_head * HEAD_DIM : qkv + (NUM_HEADS + kv_head) * HEAD_DIM;
     key_index += own_keys;
 
     int place = place_of_key(key_index, 0, keys);

@@ -15,12 +15,15 @@
 // the rows first..last of the item see it.  A query's bits depend on nothing but its row: each row
 // sees its keys in steps of KEYS from its key 0, and a key it must not see adds exp2(-infinity) = 0
 // and moves no peak.  (What is not finite does spread, by 0 * infinity, to the rows of its item.)
+//
+// With CACHED=1, key_index is of rows of a cache, each keys and then values; else it is of qkv's.
 #include "hopper.cuh"
 
 constexpr int CONSUMERS = 128 * GROUPS;
 constexpr int PRODUCERS = 128;
 constexpr int ROWS = 64 * GROUPS;
 constexpr int WIDTH = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM;  // of a row of qkv
+constexpr int KEY_WIDTH = CACHED ? 2 * NUM_KV_HEADS * HEAD_DIM : WIDTH;
 constexpr int UNITS = HEAD_DIM / 8;        // 16 bytes each, of a row of one head
 constexpr int PASS = PRODUCERS / UNITS;    // rows that the producers fetch at a time
 constexpr int PART = KEYS * HEAD_DIM * 2;  // bytes of a step's keys, or of its values
@@ -70,8 +73,8 @@ __device__ inline int2 item_and_head(int number, int items)
 }
 
 __device__ inline void produce(
-    Room room, const storage_t *qkv, const int4 *items, const int4 *steps, const int *key_index,
-    int *counter, int item_count)
+    Room room, const storage_t *qkv, const storage_t *cache, const int4 *items, const int4 *steps,
+    const int *key_index, int *counter, int item_count)
 {
     const int thread = threadIdx.x - CONSUMERS, row = thread / UNITS, unit = thread % UNITS;
     const int pieces = item_count * NUM_HEADS;
@@ -102,7 +105,9 @@ __device__ inline void produce(
         if (ticket >= pieces) return;
 
         const int kv_head = where.y / (NUM_HEADS / NUM_KV_HEADS);
-        const storage_t *k = qkv + (NUM_HEADS + kv_head) * HEAD_DIM + unit * 8;
+        const storage_t *k =
+            (CACHED ? cache + kv_head * HEAD_DIM : qkv + (NUM_HEADS + kv_head) * HEAD_DIM) +
+            unit * 8;
         int4 step = steps[item.z];
         int place[KEYS / PASS];
 #pragma unroll
@@ -119,13 +124,13 @@ __device__ inline void produce(
 #pragma unroll
             for (int i = 0; i < KEYS / PASS; i++)
                 copy_async(room.keys(turn.stage) + swizzled(i * PASS + row, unit, KEYS),
-                           k + (size_t)place[i] * WIDTH, i * PASS + row < step.y);
+                           k + (size_t)place[i] * KEY_WIDTH, i * PASS + row < step.y);
             arrive_when_copied(room.keys_full(turn.stage));
             wait(room.values_empty(turn.stage), turn.parity);
 #pragma unroll
             for (int i = 0; i < KEYS / PASS; i++)
                 copy_async(room.values(turn.stage) + swizzled(i * PASS + row, unit, KEYS),
-                           k + (size_t)place[i] * WIDTH + NUM_KV_HEADS * HEAD_DIM,
+                           k + (size_t)place[i] * KEY_WIDTH + NUM_KV_HEADS * HEAD_DIM,
                            i * PASS + row < step.y);
             arrive_when_copied(room.values_full(turn.stage));
             turn.next();
@@ -275,7 +280,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 2 / GROUPS) 
     const int *__restrict__ positions,  // (tokens,)
     int *__restrict__ counter,          // (1,) 0, and 0 again in the end
     int item_count,
-    float scale)                        // log2(e) / sqrt(HEAD_DIM)
+    float scale,                        // log2(e) / sqrt(HEAD_DIM)
+    const storage_t *__restrict__ cache)  // (slots, KEY_WIDTH): k, then v; unused if not CACHED
 {
     extern __shared__ __align__(1024) uint4 memory[];
     const Room room = {(unsigned)__cvta_generic_to_shared(memory)};
@@ -294,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 2 / GROUPS) 
     // Registers move from those who only copy to those who multiply.
     if (threadIdx.x >= CONSUMERS) {
         give_registers_back<GROUPS == 1 ? 56 : 88>();
-        produce(room, qkv, items, steps, key_index, counter, item_count);
+        produce(room, qkv, cache, items, steps, key_index, counter, item_count);
     } else {
         take_registers<GROUPS == 1 ? 200 : 208>();
         consume(out, room, positions, scale);

@@ -74,3 +74,16 @@ __device__ inline float warp_max(float x)
     for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, lane));
     return x;
 }
+
+// The next kernel, where its launch allows it, may start as soon as all blocks of this one have: for
+// kernels that a matrix product follows, since no other is launched so.  Before it has waited, by
+// `griddepcontrol.wait`, a product reads weights alone and writes nothing, so that x, a residual and
+// what the pool has handed out again are left alone till then.  It waits for the end of this kernel,
+// and that is the end of all before it too: this one either started after them, or has itself waited
+// for the one in front, which did.  Never in a kernel that writes weights.
+__device__ inline void let_next_start()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

@@ -20,6 +20,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) layernorm(
     const storage_t *__restrict__ bias,    // (HIDDEN,)
     float eps)
 {
+    let_next_start();
     const storage_t *from = x + (size_t)blockIdx.x * HIDDEN;
     float row[SLOTS][WIDTH];
     for_each_pack([&](int slot, int pack) { load(row[slot], from + pack * WIDTH); });

@@ -17,6 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rmsnorm(
     const storage_t *__restrict__ weight,  // (HIDDEN,)
     float eps)
 {
+    let_next_start();
     const storage_t *from = x + (size_t)blockIdx.x * HIDDEN;
     float row[SLOTS][WIDTH];
     for_each_pack([&](int slot, int pack) { load(row[slot], from + pack * WIDTH); });

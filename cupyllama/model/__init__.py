@@ -4,7 +4,8 @@ Each file has three classes, and `cupyllama.families` names the files. LayerWeig
 layer, and StageWeights(layers, …), of a contiguous slice of them, have the fields of the family's
 name table, None for what a model has not; matrices may be `Quantized`.
 Stage(config, weights, ops, positions, group) takes micro-batches through the slice by
-forward(batch, hidden). Where ranks share the matrices, config and weights are those of one of them,
-and `group.linear` and `group.log_probs` give all of them what `ops` would of the whole. What
-crosses from stage to stage is one tensor, the residual stream, (tokens, hidden).
+forward(batch, hidden), and by next_logits(batch, hidden, cache) what is generated. Where ranks
+share the matrices, config and weights are those of one of them, and `group.linear`,
+`group.log_probs` and `group.logits` give all of them what `ops` would of the whole. What crosses
+from stage to stage is one tensor, the residual stream, (tokens, hidden).
 """

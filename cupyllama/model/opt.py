@@ -1,5 +1,6 @@
 """OPT (Zhang et al. 2022), for a contiguous slice of layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -87,12 +88,46 @@ class Stage:
         Returns:
             (tokens, hidden), or from the last stage (2, targets) float32 as `ops.log_probs` writes.
         """
-        layers, last = self.weights.layers, self.weights.lm_head is not None
+        hidden = self.layers_before_head(batch, hidden)
+        return self.log_probs(self.weights.layers[-1], batch, hidden) if self.is_last else hidden
+
+    def next_logits(self, batch: MicroBatch, hidden: Array | None, cache: Sequence[Array]) -> Array:
+        """One pass of generation, which leaves the keys and values of its tokens in the cache.
+
+        Args:
+            batch: its keys are in the cache, as in `cupyllama.generation.batch.CachedBatch`;
+                without `logit_rows` every token's next one is wanted.
+            hidden: as `forward` takes it.
+            cache: of each layer (slots, 2 · kv), keys and then values.
+
+        Returns:
+            (tokens, hidden), or from the last stage (rows, vocab) float32.
+        """
+        hidden = self.layers_before_head(batch, hidden, cache)
+        if not self.is_last:
+            return hidden
+        layer = self.weights.layers[-1]
+        mixed = self.mix(layer, batch, hidden, cache[-1])
+        if batch.logit_rows is not None:
+            mixed, hidden = (self.ops.gather(batch.logit_rows, x) for x in (mixed, hidden))
+        return self.group.logits(self.head(layer, mixed, hidden))
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the model ends with this stage: its last layer goes with the head."""
+        return self.weights.lm_head is not None
+
+    def layers_before_head(
+        self, batch: MicroBatch, hidden: Array | None, cache: Sequence[Array] | None = None
+    ) -> Array:
+        """The stage less what `head` does: (tokens, hidden)."""
+        layers = self.weights.layers[:-1] if self.is_last else self.weights.layers
         if self.weights.embed_tokens is not None:
             hidden = self.embed(batch)
-        for layer in layers[:-1] if last else layers:
-            hidden = self.transform(layer, self.mix(layer, batch, hidden), hidden)
-        return self.log_probs(layers[-1], batch, hidden) if last else hidden
+        for number, layer in enumerate(layers):
+            own = None if cache is None else cache[number]
+            hidden = self.transform(layer, self.mix(layer, batch, hidden, own), hidden)
+        return hidden
 
     def embed(self, batch: MicroBatch) -> Array:
         """Of each token and its position: (tokens, hidden)."""
@@ -103,7 +138,9 @@ class Stage:
             return ops.add(tokens, positions)
         return ops.linear(tokens, weights.project_in, residual=positions)
 
-    def mix(self, layer: LayerWeights, batch: MicroBatch, hidden: Array) -> Array:
+    def mix(
+        self, layer: LayerWeights, batch: MicroBatch, hidden: Array, cache: Array | None = None
+    ) -> Array:
         """What attention finds for each token: (tokens, hidden) -> the same."""
         ops, heads = self.ops, self.config.num_attention_heads
         normed = hidden
@@ -112,7 +149,7 @@ class Stage:
             norm = layer.self_attn_layer_norm, layer.self_attn_layer_norm_bias
             normed = ops.layernorm(hidden, *norm, LAYER_NORM_EPS, eight_bit)
         qkv = ops.linear(normed, layer.qkv_proj, layer.qkv_bias, out_dtype=hidden.dtype)
-        return ops.attention(qkv, batch, heads, heads)
+        return ops.attention(qkv, batch, heads, heads, cache)
 
     def transform(self, layer: LayerWeights, mixed: Array, hidden: Array) -> Array:
         """The rest of the layer, token by token: (tokens, hidden) twice -> the same."""
@@ -132,23 +169,28 @@ class Stage:
         inner = ops.linear_relu(x, layer.fc1, layer.fc1_bias, eight_bit, residual.dtype)
         return self.group.linear(inner, layer.fc2, layer.fc2_bias, residual=residual)
 
+    def head(self, layer: LayerWeights, mixed: Array, hidden: Array) -> Array:
+        """The rest of the last layer, and logits: (rows, hidden) twice -> (rows, vocab) float32."""
+        ops, weights = self.ops, self.weights
+        hidden = self.transform(layer, mixed, hidden)
+        if weights.final_layer_norm is not None:
+            norm = weights.final_layer_norm, weights.final_layer_norm_bias
+            hidden = ops.layernorm(hidden, *norm, LAYER_NORM_EPS)
+        if weights.project_out is not None:
+            hidden = ops.linear(hidden, weights.project_out)
+        return ops.linear(hidden, weights.lm_head, out_dtype=np.float32)
+
     def log_probs(self, layer: LayerWeights, batch: MicroBatch, hidden: Array) -> Array:
         """The last layer and the head, on rows with targets alone: (2, targets) float32.
 
         A chunk of rows at a time, for the logits of all would be gigabytes.
         """
-        ops, weights = self.ops, self.weights
+        ops = self.ops
         mixed = self.mix(layer, batch, hidden)
         out = ops.empty((2, len(batch.target_token)), np.float32)
         for first in range(0, len(batch.logit_rows), ops.LOGIT_CHUNK):
             rows = batch.logit_rows[first : first + ops.LOGIT_CHUNK]
-            chosen = self.transform(layer, ops.gather(rows, mixed), ops.gather(rows, hidden))
-            if weights.final_layer_norm is not None:
-                norm = weights.final_layer_norm, weights.final_layer_norm_bias
-                chosen = ops.layernorm(chosen, *norm, LAYER_NORM_EPS)
-            if weights.project_out is not None:
-                chosen = ops.linear(chosen, weights.project_out)
-            logits = ops.linear(chosen, weights.lm_head, out_dtype=np.float32)
+            logits = self.head(layer, ops.gather(rows, mixed), ops.gather(rows, hidden))
             target_start = batch.target_start[first : first + len(rows) + 1]
             self.group.log_probs(logits, target_start, batch.target_token, out)
             del logits  # hundreds of megabytes, which the next chunk can have

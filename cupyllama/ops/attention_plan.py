@@ -7,7 +7,7 @@
 import numpy as np
 
 from cupyllama.kernels import SECTION, STEP_KEYS
-from cupyllama.packing import MicroBatch
+from cupyllama.packing import MicroBatch, common_prefix_length
 
 # Queries of a tile.
 QUERY_TILE = 64
@@ -18,18 +18,21 @@ TILE_SECTION = 16
 LONG_KEYS = 256
 
 
-def attention_arrays(batch: MicroBatch, queries: int) -> dict[str, np.ndarray]:
+def attention_arrays(
+    batch: MicroBatch, queries: int, in_common: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """What the kernels read besides the micro-batch: int32, those in units of 16 bytes first.
 
     Args:
         queries: of an item: `item_queries`.
+        in_common: as `attention_items` takes it.
 
     Returns:
         items: (items, 4) and steps: (steps, 4) of `attention_items`.
         tiles: (tiles, 2) of `attention_tiles`.
         counter: (1,) 0, as `attention_sm90` leaves it too.
     """
-    items, steps = attention_items(batch, queries)
+    items, steps = attention_items(batch, queries, in_common)
     tiles, counter = attention_tiles(batch), np.zeros(1, np.int32)
     return {"items": items, "steps": steps, "tiles": tiles, "counter": counter}
 
@@ -50,11 +53,23 @@ def item_queries(batch: MicroBatch) -> int:
     return 128 if len(batch.key_index) >= LONG_KEYS * segments else 64
 
 
-def attention_items(batch: MicroBatch, queries: int) -> tuple[np.ndarray, np.ndarray]:
+def keys_in_common(batch: MicroBatch) -> np.ndarray:
+    """How many keys each segment begins with that are those of the segment before: (segments,)."""
+    keys = np.split(batch.key_index, batch.key_start[1:-1])
+    return np.array([0, *map(common_prefix_length, keys, keys[1:])])
+
+
+def attention_items(
+    batch: MicroBatch, queries: int, in_common: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Items of up to `queries` consecutive queries, and the steps of keys that each takes.
 
     An item is a part of a segment, or parts of several where that saves steps: the whole steps that
     their rows have in common are taken once for all of them.
+
+    Args:
+        in_common: `keys_in_common` of segments in any order; None: each is of the next row of some
+            that are sorted, and begins with all that it has of the row before.
 
     Returns:
         items: (items, 4) int32: packed place of the first query, queries, first step, steps.
@@ -65,8 +80,9 @@ def attention_items(batch: MicroBatch, queries: int) -> tuple[np.ndarray, np.nda
     position = past[segment] + first  # of a part's first query in its row
     keys = position + count
     part_steps = -(-keys // STEP_KEYS)
-    # The first `past` keys of a row are the first of the row before it as well.
-    with_before = np.where(first == 0, past[segment] // STEP_KEYS, 0)
+    # The first `past` keys of a row are the first of the row before it as well, or some of them.
+    same = past if in_common is None else np.minimum(past, in_common)
+    with_before = np.where(first == 0, same[segment] // STEP_KEYS, 0)
     joined, item_shared = _join(count.tolist(), part_steps.tolist(), with_before.tolist(), queries)
 
     opens = np.flatnonzero(~joined)  # the first part of each item

@@ -1,8 +1,9 @@
 """Matrix products through cuBLASLt, each with an algorithm that is chosen once for its shape.
 
 CuPy's own cuBLAS wrapper offers `gemmEx` alone.  cuBLASLt gives what it lacks: scales a row for
-operands of 8 bits, a workspace, and a say in the algorithm.  Sums are never split over k: what of
-them is added first would depend on how many blocks the device runs at a time.
+operands of 8 bits, a workspace, and a say in the algorithm.  Sums are not split over k: what of
+them is added first would depend on how many blocks the device runs at a time.  Only where a product
+asks for an algorithm for fewer rows may they be, with parts that are added in one order.
 """
 
 import ctypes
@@ -12,8 +13,8 @@ from typing import NamedTuple
 
 import cupy
 
-# Every product has the algorithm that is best for so many rows: then a row's bits do not depend on
-# how many others there are.
+# Where nothing else is asked for, a product has the algorithm that is best for so many rows: then a
+# row's bits do not depend on how many others there are.
 NOMINAL_M = 8192
 WORKSPACE_BYTES = 32 << 20  # as NVIDIA advises for Hopper
 
@@ -30,6 +31,7 @@ _FAST_ACCUM = 25
 _A_SCALE_MODE, _B_SCALE_MODE = 31, 32
 _OUTER_VECTOR = 3
 _MAX_WORKSPACE, _REDUCTION_SCHEMES = 1, 3
+_REDUCTION_IN_WORKSPACE = 2  # in float32, in one order
 _ALIGNMENTS = (5, 6, 7, 8)  # of A, B, C and D
 _ALGORITHM_ATTRIBUTES = {
     "id": 0,
@@ -64,6 +66,7 @@ class Product(NamedTuple):
     bias: str | None = None
     relu: bool = False
     alignment: int = 256  # bytes, of all addresses
+    chosen_for: int = NOMINAL_M  # the m that its algorithm is best for
 
 
 class _Heuristic(ctypes.Structure):
@@ -150,13 +153,14 @@ class Plan:
         self.a, self.b = _layout(operand, k, n), _layout(operand, k, m)
         self.d = _layout(result, n, m)
         self.beta = byref(_ONE if product.accumulate else _ZERO)
-        if m == NOMINAL_M:
-            found = self._heuristics(rank + 1, product.alignment)
+        if m == product.chosen_for:
+            schemes = 0 if m == NOMINAL_M else _REDUCTION_IN_WORKSPACE
+            found = self._heuristics(rank + 1, product.alignment, schemes)
             if rank >= len(found):
                 raise CublasLtError(f"no algorithm for {product}", 15)
             self.heuristic = found[rank]
         else:
-            self.heuristic = plan(product._replace(m=NOMINAL_M), device).heuristic
+            self.heuristic = plan(product._replace(m=product.chosen_for), device).heuristic
         self.algorithm = byref(self.heuristic)
         self.matmul = _function("Matmul")
 
@@ -177,10 +181,10 @@ class Plan:
             self._set(_BIAS_DATA_TYPE, c_int(DATA_TYPES[product.bias]))
             self._set(_BIAS_POINTER, c_void_p(self.workspace))  # as the scales above
 
-    def _heuristics(self, count: int, alignment: int) -> list[_Heuristic]:
+    def _heuristics(self, count: int, alignment: int, schemes: int = 0) -> list[_Heuristic]:
         preference = c_void_p()
         _call("MatmulPreferenceCreate", byref(preference))
-        wishes = {_MAX_WORKSPACE: c_uint64(WORKSPACE_BYTES), _REDUCTION_SCHEMES: c_uint32(0)}
+        wishes = {_MAX_WORKSPACE: c_uint64(WORKSPACE_BYTES), _REDUCTION_SCHEMES: c_uint32(schemes)}
         wishes |= {operand: c_uint32(alignment) for operand in _ALIGNMENTS}
         for attribute, value in wishes.items():
             size = c_size_t(ctypes.sizeof(value))

@@ -169,7 +169,7 @@ def quantize(x: Array, out: Quantized | None = None, kind: str = "fp8") -> Quant
     if out is None:
         out = _quantized(rows, columns, kind)
     check(out.values, VALUE_DTYPES[out.kind], (rows, columns))
-    check(out.scale, np.float32, (rows,))
+    check(out.scale, np.float32, (rows,), one_by_one=True)
     if x.size:
         constants = kernels.quantize_constants(storage(x), columns, out.kind)
         launch = kernel("quantize.cu", "quantize", **constants)
@@ -181,7 +181,7 @@ def dequantize(matrix: Quantized, dtype: np.dtype) -> Array:
     """What int8 stands for, as `dtype`: (rows, columns); see `reference.dequantize`."""
     rows, columns = matrix.shape
     check(matrix.values, np.int8, (rows, columns))
-    check(matrix.scale, np.float32, (rows,))
+    check(matrix.scale, np.float32, (rows,), one_by_one=True)
     out = cupy.empty((rows, columns), dtype)
     if out.size:
         constants = kernels.dequantize_constants(storage(out), columns)
@@ -409,6 +409,11 @@ def log_probs_part(
         numbers = (np.int32(targets), np.int32(first_token))
         arguments = (out, logits, target_start, target_token, *numbers)
         launch((rows,), (constants["THREADS"],), arguments)
+
+
+def logits(own: Array) -> Array:
+    """Of all the vocabulary: (rows, vocab) float32, which a lone rank has."""
+    return own
 
 
 def join_log_probs(parts: Array, target_start: Array, target_token: Array, out: Array) -> None:

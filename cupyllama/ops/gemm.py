@@ -19,6 +19,7 @@ def gemm(
     accumulate: bool = False,
     bias: Array | None = None,
     relu: bool = False,
+    chosen_for: int = cublaslt.NOMINAL_M,
 ) -> None:
     """y = x · weightᵀ + bias, or y += with `accumulate`: (m, n), (m, k), (n, k), (n,), row-major.
 
@@ -31,6 +32,7 @@ def gemm(
 
     Args:
         relu: max(y, 0) of the sum, which has a bias.
+        chosen_for: the m that the algorithm is best for; a row's bits depend on it.
 
     Raises:
         CublasLtError: with status 15, sizes that 8-bit products do not allow: not multiples of 16.
@@ -60,6 +62,7 @@ def gemm(
         bias=None if bias is None else bias.dtype.name,
         relu=relu,
         alignment=cublaslt.alignment(addresses),
+        chosen_for=chosen_for,
     )
     device = cupy.cuda.get_current_stream().device_id
     if bias is None or cublaslt.supports(product, device):

@@ -278,12 +278,18 @@ def rope(
 
 
 def attention(
-    qkv: np.ndarray, batch: MicroBatch, num_heads: int, num_key_value_heads: int
+    qkv: np.ndarray,
+    batch: MicroBatch,
+    num_heads: int,
+    num_key_value_heads: int,
+    cache: np.ndarray | None = None,
 ) -> np.ndarray:
     """softmax(q · kᵀ / sqrt(head_dim)) · v over the packed segments of `batch`, causal.
 
     Args:
         qkv: (tokens, (num_heads + 2 · num_key_value_heads) · head_dim), q and k rotated.
+        cache: (slots, 2 · num_key_value_heads · head_dim), k then v. Given, those of the tokens are
+            put into `batch.slots` of it first, and `batch.key_index` points into it.
 
     Returns:
         (tokens, num_heads · head_dim).
@@ -293,6 +299,10 @@ def attention(
     group = num_heads // num_key_value_heads
     heads = qkv.reshape(tokens, -1, head_dim)
     out = np.empty((tokens, num_heads, head_dim), qkv.dtype)
+    known = heads[:, num_heads:]  # keys and values, by the numbers that key_index has
+    if cache is not None:
+        cache[batch.slots] = qkv[:, num_heads * head_dim :]
+        known = cache.reshape(len(cache), -1, head_dim)
 
     def attend(segment: int) -> None:
         first, last = batch.segment_start[segment : segment + 2]
@@ -300,7 +310,7 @@ def attention(
         n, k = last - first, len(keys)
         q = _float32(heads[first:last, :num_heads]).transpose(1, 0, 2)
         q = q.reshape(num_key_value_heads, group * n, head_dim)
-        kv = _float32(heads[keys, num_heads:]).transpose(1, 2, 0)  # (2 · kv heads, head_dim, k)
+        kv = _float32(known[keys]).transpose(1, 2, 0)  # (2 · kv heads, head_dim, k)
         scores = (q @ kv[:num_key_value_heads]) * np.float32(head_dim**-0.5)
         scores = scores.reshape(num_heads, n, k)
         unseen = np.arange(k) > np.arange(k - n, k)[:, None]
@@ -377,6 +387,11 @@ def log_probs_part(
     out[0, wanted], out[1, wanted] = peak[target_row], total[target_row]
     out[2, wanted] = (logits.argmax(axis=1) + first_token)[target_row]
     out[3, wanted] = np.where(has, logits[target_row, np.where(has, column, 0)], 0)
+
+
+def logits(own: np.ndarray) -> np.ndarray:
+    """Of all the vocabulary: (rows, vocab) float32, which a lone rank has."""
+    return own
 
 
 def join_log_probs(

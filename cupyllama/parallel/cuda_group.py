@@ -17,6 +17,8 @@ from cupyllama.parallel.group import GROUP_TAG, MPIExchange
 class NCCLExchange:
     """Arrays of GPUs of which each rank has one."""
 
+    capturable = True
+
     def __init__(self, comm: Any, ranks: Sequence[int]):
         """All ranks of the group make one; `ranks` are theirs in `comm`, in the group's order."""
         from cupy.cuda import nccl
@@ -58,5 +60,5 @@ class HostExchange(MPIExchange):
                 copies[id(array)] = cupy.asnumpy(array)
         super().__call__([copies[id(array)] for array in outgoing], arrived)
         for peer, array, copy in zip(self._ranks, incoming, arrived, strict=True):
-            if peer != self._comm.rank:
+            if peer != self._comm.rank and array.nbytes:
                 array.set(copy)

@@ -135,26 +135,6 @@ def choose_dtype(asked: str, saved: str, device: Device) -> str:
     return gpu_dtype(saved) if device.supports(saved) else "float16"
 
 
-def check_verified(device: Device, family: str, quantize: str | None, tensor_parallel: int) -> None:
-    """What is written and tested on CPUs, but has not been held against them on a GPU yet.
-
-    Raises:
-        DeviceError: the run would need it on a GPU, and its answers might be wrong.
-    """
-    if device.kind == "cpu":
-        return
-    unverified = {
-        "OPT": family == "opt",
-        "--quantize int8": quantize == "int8",
-        "--tensor-parallel": tensor_parallel > 1,
-    }
-    for what, is_asked in unverified.items():
-        if is_asked:
-            raise DeviceError(
-                f"{what} has not been verified on a GPU in this version", "Give --device cpu."
-            )
-
-
 def gpu_dtype(saved: str) -> str:
     """The 16-bit dtype nearest to what a checkpoint was saved in."""
     return "bfloat16" if saved == "bfloat16" else "float16"

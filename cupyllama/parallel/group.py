@@ -11,14 +11,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cupyllama.config import ModelConfig
+from cupyllama.config import ModelConfig, Share
 from cupyllama.parallel.channels import as_bytes
 from cupyllama.parallel.world import wait
 from cupyllama.quantized import Quantized
 
 GROUP_TAG = 50
 # A rank waits for others twice in a layer, and they are never far behind.
-_LONGEST_SLEEP = 200e-6
+LONGEST_SLEEP = 200e-6
 # Numbers that are exchanged come in runs of so many, which kernels read at once.
 _RUN = 8
 
@@ -31,7 +31,8 @@ class Exchange(Protocol):
     def __call__(self, outgoing: Sequence[Array | None], incoming: Sequence[Array | None]) -> None:
         """Send outgoing[r] to rank r, and fill incoming[r] with what that one sends.
 
-        Arrays are contiguous; a rank's own entries are not looked at.
+        Arrays are contiguous; a rank's own entries are not looked at, and of an empty array there
+        is no message.
         """
         ...
 
@@ -44,7 +45,13 @@ class Group:
         assert config.share is not None
         self.ops, self.share = ops, config.share
         self._exchange = exchange
-        self._first_token = config.share.vocabulary(config.vocab_size).start
+        shares = (Share(rank, config.share.size) for rank in range(config.share.size))
+        self._tokens = [share.vocabulary(config.vocab_size) for share in shares]
+
+    @property
+    def capturable(self) -> bool:
+        """Whether what it does can be part of a CUDA graph: not where the host waits for it."""
+        return getattr(self._exchange, "capturable", False)
 
     def linear(
         self,
@@ -70,9 +77,21 @@ class Group:
         """As `ops.log_probs`, each rank having the logits of some tokens."""
         parts = self.ops.empty((self.share.size, 4, len(target_token)), np.float32)
         own = parts[self.share.rank]
-        self.ops.log_probs_part(logits, target_start, target_token, self._first_token, own)
+        first_token = self._tokens[self.share.rank].start
+        self.ops.log_probs_part(logits, target_start, target_token, first_token, own)
         self._exchange([own] * self.share.size, list(parts))
         self.ops.join_log_probs(parts, target_start, target_token, out)
+
+    def logits(self, own: Array) -> Array:
+        """Of all the vocabulary, on every rank: (rows, own tokens) -> (rows, vocab) float32."""
+        shapes = [(len(own), len(tokens)) for tokens in self._tokens]
+        parts = [self.ops.empty(shape, own.dtype) for shape in shapes]
+        self._exchange([own] * self.share.size, parts)
+        parts[self.share.rank] = own
+        whole = self.ops.empty((len(own), self._tokens[-1].stop), own.dtype)
+        for tokens, part in zip(self._tokens, parts, strict=True):
+            whole[:, tokens.start : tokens.stop] = part
+        return whole
 
     def sum(self, x: Array) -> Array:
         """The sum of all ranks' x, in its memory: each adds up one run of numbers, for all."""
@@ -98,8 +117,11 @@ class MPIExchange:
     def __call__(self, outgoing: Sequence[np.ndarray], incoming: Sequence[np.ndarray]) -> None:
         requests = []
         for peer, sent, received in zip(self._ranks, outgoing, incoming, strict=True):
-            if peer != self._comm.rank:
+            if peer == self._comm.rank:
+                continue
+            if received.nbytes:
                 requests.append(self._comm.Irecv(as_bytes(received), peer, GROUP_TAG))
+            if sent.nbytes:
                 requests.append(self._comm.Isend(as_bytes(sent), peer, GROUP_TAG))
         for request in requests:
-            wait(request, _LONGEST_SLEEP)
+            wait(request, LONGEST_SLEEP)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from cupyllama.families import Stage
 from cupyllama.packing import MicroBatch
 from cupyllama.parallel.channels import MPIInbox, MPIOutbox
 from cupyllama.parallel.devices import Device
-from cupyllama.parallel.group import Group, MPIExchange
+from cupyllama.parallel.group import Exchange, Group, MPIExchange
 from cupyllama.parallel.world import World, wait
 
 _RESULT_TAG = 100
@@ -94,27 +95,43 @@ def make_grid(world: World, replicas: int, tensor_parallel: int = 1) -> Grid:
     return Grid(replicas, stages, world.rank, tensor_parallel)
 
 
-def connect_group(world: World, grid: Grid, device: Device, config: ModelConfig) -> Group | None:
+def connect_group(
+    world: World,
+    grid: Grid,
+    device: Device,
+    config: ModelConfig,
+    ops: ModuleType | None = None,
+) -> Group | None:
     """What the ranks of a stage compute together; None for one alone. All ranks call it.
+
+    Args:
+        config: of the rank, as `ModelConfig.part` made it.
+        ops: in place of the device's own.
+    """
+    if grid.tensor_parallel == 1:
+        return None
+    places = world.allgather(device.place)
+    return Group(ops or device.ops, config, exchange_among(world, grid.group, places, device))
+
+
+def exchange_among(
+    world: World, ranks: Sequence[int], places: Sequence[str], device: Device
+) -> Exchange:
+    """How some ranks, all of which call it, exchange arrays.
 
     Each on a GPU of its own: NCCL. Else MPI, from and to the host's memory where they share GPUs:
     NCCL refuses two ranks on one.
 
     Args:
-        config: of the rank, as `ModelConfig.part` made it.
+        places: of every rank's device.
     """
-    if grid.tensor_parallel == 1:
-        return None
-    places = world.allgather(device.place)
     if device.kind == "cpu":
-        exchange = MPIExchange(world.comm, grid.group)
-    else:
-        from cupyllama.parallel import cuda_group
+        return MPIExchange(world.comm, ranks)
+    from cupyllama.parallel import cuda_group
 
-        own = {places[rank] for rank in grid.group}
-        kind = cuda_group.HostExchange if len(own) < len(grid.group) else cuda_group.NCCLExchange
-        exchange = kind(world.comm, grid.group)
-    return Group(device.ops, config, exchange)
+    own = {places[rank] for rank in ranks}
+    kind = cuda_group.HostExchange if len(own) < len(ranks) else cuda_group.NCCLExchange
+    return kind(world.comm, ranks)
 
 
 def connect(

@@ -25,13 +25,15 @@ _LONGEST_SLEEP = 2e-3
 _LEAVE_TO_OTHERS = 2.0
 
 INTERRUPTED = 130
-_RESUME = "With --samples, --resume goes on from there."
 
 
-def open_world() -> "World":
+def open_world(remedy: str = "") -> "World":
     """The world that a launcher such as mpirun made, or this process alone.
 
     Importing MPI starts it, so it is imported under a launcher only.
+
+    Args:
+        remedy: what can be done after a process was killed.
     """
     if not any(name in os.environ for name in _LAUNCHERS):
         return World()
@@ -39,7 +41,7 @@ def open_world() -> "World":
 
     if MPI.COMM_WORLD.size == 1:
         return World()
-    return MPIWorld(MPI.COMM_WORLD)
+    return MPIWorld(MPI.COMM_WORLD, remedy)
 
 
 class World:
@@ -71,10 +73,10 @@ class World:
 class MPIWorld(World):
     """Several processes, which end together whatever happens to one of them."""
 
-    def __init__(self, comm: Any):
+    def __init__(self, comm: Any, remedy: str = ""):
         from mpi4py import MPI
 
-        self.comm = comm
+        self.comm, self._remedy = comm, remedy
         self.rank, self.size = comm.rank, comm.size
         local = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = local.rank, local.size
@@ -130,14 +132,14 @@ class MPIWorld(World):
         dead = [] if self._watch.left else self._watch.dead()
         if dead and self._watch.speaks(dead[0]):
             self._watch.leave()
-            _say(f"rank {dead[0]}: was killed or crashed", _RESUME)
+            _say(f"rank {dead[0]}: was killed or crashed", self._remedy)
         os._exit(128 + signal.SIGTERM)
 
     def _peer_died(self, rank: int) -> None:
         if self._watch.left:
             return
         self._watch.leave()
-        _say(f"rank {rank}: was killed or crashed", _RESUME)
+        _say(f"rank {rank}: was killed or crashed", self._remedy)
         self.comm.Abort(RankError.exit_code)
 
 

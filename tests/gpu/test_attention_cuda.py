@@ -13,10 +13,12 @@ from device_arrays import (
     wide,
 )
 
+from cupyllama.generation.batch import CachedBatch, Segment, cached_batch
 from cupyllama.ops import reference
 from cupyllama.packing import TokenRow, pack
 
 cupy = pytest.importorskip("cupy")
+decode_cuda = pytest.importorskip("cupyllama.ops.decode_cuda")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
@@ -34,19 +36,20 @@ FORESTS = [(1, 1, 16), (3, 5, 64), (40, 170, 2048), (9, 700, 2048)]
 
 def upload(batch, item_queries):
     """The micro-batch with items of so many queries, whatever `upload` would choose."""
+    ops = decode_cuda if isinstance(batch, CachedBatch) else cuda
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "item_queries", lambda _: item_queries)
-        return cuda.upload(batch)
+        patch.setattr(ops, "item_queries", lambda _: item_queries)
+        return ops.upload(batch)
 
 
 def kernels_for(dtype, head_dim):
     """Names and launches, of arrays at the host, of all that this device has for such heads."""
 
     def on(attention, item_queries):
-        def launch(qkv, batch, heads, kv_heads):
+        def launch(qkv, batch, heads, kv_heads, cache=None):
             given, uploaded = cuda.to_device(qkv), upload(batch, item_queries)
-            out = host(attention(given, uploaded, heads, kv_heads))
-            again = attention(given, uploaded, heads, kv_heads)  # all is as it was before
+            out = host(attention(given, uploaded, heads, kv_heads, cache))
+            again = attention(given, uploaded, heads, kv_heads, cache)  # all is as it was before
             assert_same_bits(again, out)
             assert_same_bits(given, qkv)
             assert host(uploaded.counter) == [0]
@@ -249,3 +252,108 @@ def test_upload(rng):
             np.testing.assert_array_equal(host(getattr(device, name)), array)
         assert device.items.data.ptr % 16 == device.steps.data.ptr % 16 == 0
         assert device.tiles.data.ptr % 8 == 0
+
+
+def sequences(rng, *shapes):
+    """Segments with keys in a cache, in slots in no order; and how many slots there are.
+
+    Args:
+        shapes: of each its own tokens, the keys before them, and the segment that has these as its
+            first; -1: they are in the cache already.
+    """
+    total = sum(own + past for own, past, _ in shapes) + 5
+    slots = iter(rng.permutation(total).astype(np.int32))
+    found = []
+    for own, past, other in shapes:
+        first = [next(slots) for _ in range(past)] if other < 0 else found[other].slots[:past]
+        row = np.array([*first, *(next(slots) for _ in range(own))], np.int32)
+        found.append(Segment([0] * own, past, row))
+    return cached_batch(found), total
+
+
+# Prompts alone; prefixes in common, within the pass and from before; neighbours that have as many
+# keys before their own, and none of them in common.
+CACHED = [
+    [(1, 0, -1)],
+    [(3, 0, -1), (65, 0, -1), (128, 0, -1), (1, 0, -1), (260, 0, -1)],
+    [(300, 0, -1), (9, 256, 0), (5, 260, 1), (5, 64, -1), (5, 64, 3), (70, 300, 0), (1, 63, 0)],
+    [(10, 200, -1), (10, 200, -1), (10, 200, 1), (10, 200, 0), (10, 130, 3), (1, 131, 2)],
+    [(1, 4095, -1), (1, 1, -1), (1, 64, -1), (1, 127, -1), (1, 128, -1), (130, 3900, 0)],
+]
+
+
+@every_dtype
+@pytest.mark.parametrize("shapes", CACHED)
+@pytest.mark.parametrize("head_dim", [62, 64, 80, 128, 256])
+def test_attention_over_a_cache(rng, dtype, head_dim, shapes):
+    """Every kernel against float64, its cache holding NaN where no key is."""
+    if dtype == BF16 and head_dim not in (64, 128):
+        pytest.skip("as float16")
+    heads, kv_heads = HEADS[head_dim]
+    batch, slots = sequences(rng, *shapes)
+    qkv = normal(rng, (len(batch.token_ids), (heads + 2 * kv_heads) * head_dim), dtype, 1.5)
+    before = np.full((slots, 2 * kv_heads * head_dim), np.nan, dtype)
+    before[batch.key_index] = normal(rng, (len(batch.key_index), before.shape[1]), dtype)
+    before[batch.slots] = np.nan  # what the pass puts there itself
+    filled = before.copy()
+    filled[batch.slots] = qkv[:, heads * head_dim :]
+
+    given, cache = cuda.to_device(qkv), cuda.to_device(before)
+    outs = {
+        "chosen": host(cuda.attention(given, decode_cuda.upload(batch), heads, kv_heads, cache))
+    }
+    assert_same_bits(cache, filled)
+    assert_same_bits(given, qkv)
+    for name, launch in kernels_for(dtype, head_dim).items():
+        outs[name] = launch(qkv, batch, heads, kv_heads, cache)
+    assert_same_bits(cache, filled)
+    for s in range(len(shapes)):
+        first, last = batch.segment_start[s : s + 2]
+        keys = filled[batch.key_index[batch.key_start[s] : batch.key_start[s + 1]]]
+        q = qkv[first:last, : heads * head_dim].reshape(last - first, heads, head_dim)
+        expected = attend(q, keys.reshape(len(keys), -1, head_dim))
+        for name, out in outs.items():
+            print(f"{name}, segment {s} of {len(shapes)}")
+            assert_close(out[first:last], expected)
+
+
+def attend(q, keys_and_values):
+    """In float64: (queries, heads, head_dim), (keys, 2 · kv heads, head_dim) -> (queries, all)."""
+    n, heads, head_dim = q.shape
+    k = len(keys_and_values)
+    keys, values = np.split(keys_and_values.astype(np.float64), 2, axis=1)
+    q = q.astype(np.float64).reshape(n, keys.shape[1], -1, head_dim)
+    scores = np.einsum("nhgd,khd->hgnk", q, keys) / np.sqrt(head_dim)
+    scores[..., np.arange(k) > np.arange(k - n, k)[:, None]] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("hgnk,khd->nhgd", weights, values).reshape(n, -1)
+
+
+@every_dtype
+@pytest.mark.parametrize("head_dim", [64, 100, 128])
+def test_cached_bits_are_those_of_packed_rows(rng, dtype, head_dim):
+    """The same keys in the same order, wherever they lie."""
+    heads, kv_heads = HEADS[head_dim]
+    for shape in FORESTS:
+        batch = forest(rng, *shape)[0]
+        tokens = len(batch.token_ids)
+        slots = rng.permutation(tokens + 30).astype(np.int32)[:tokens]
+        changes = {"key_index": slots[batch.key_index], "slots": slots}
+        cached = CachedBatch(**(vars(batch) | changes))
+        qkv = normal(rng, (tokens, (heads + 2 * kv_heads) * head_dim), dtype)
+        nothing = np.full((tokens + 30, 2 * kv_heads * head_dim), np.nan, dtype)
+        cache = cuda.to_device(nothing)
+        cuda.attention(cuda.to_device(qkv), decode_cuda.upload(cached), heads, kv_heads, cache)
+        for launch in kernels_for(dtype, head_dim).values():
+            out = launch(qkv, cached, heads, kv_heads, cache)
+            assert_same_bits(out, launch(qkv, batch, heads, kv_heads))
+
+
+def test_upload_of_a_cached_batch(rng):
+    batch, _ = sequences(rng, *CACHED[2])
+    device = decode_cuda.upload(batch)
+    for name, array in vars(batch).items():
+        np.testing.assert_array_equal(host(getattr(device, name)), array)
+    assert device.items.data.ptr % 16 == device.steps.data.ptr % 16 == 0
+    assert device.tiles.data.ptr % 8 == 0

@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from cupyllama.bench import measure, shapes
+from cupyllama.bench import gemm, measure, shapes
 from cupyllama.cli import cli
 from cupyllama.kernels import FP8_ARCH
 from cupyllama.quantized import Quantized
@@ -28,6 +28,8 @@ def tiny(monkeypatch):
     monkeypatch.setitem(shapes.OPT_SHAPES, "tiny-opt", TINY_OPT)
     monkeypatch.setattr(measure, "FLUSH_BYTES", 128 << 20)
     monkeypatch.setattr(measure, "COPY_BYTES", 128 << 20)
+    monkeypatch.setattr(gemm, "CEILING_SECONDS", 0.1)
+    monkeypatch.setattr(gemm, "WARM_SECONDS", 0.02)
     yield
     cupy.get_default_memory_pool().free_all_blocks()
 
