@@ -100,9 +100,10 @@ def main(
         assert scores.done.all() and np.isfinite(scores.loglikelihoods).all()
         median = statistics.median(seconds)
         digest = hashlib.sha256(scores.loglikelihoods.tobytes()).hexdigest()
-        line = range(0, grid.stages * tensor_parallel, tensor_parallel)  # a rank of each stage
-        links = [links[rank] or 0.0 for rank in line[1:]]
-        simulated = simulate([stages[rank] for rank in line], links, mine).seconds
+        # A rank of each stage. `line` stays: NCCL's communicators wait for their peers to end.
+        ranks = range(0, grid.stages * tensor_parallel, tensor_parallel)
+        links = [links[rank] or 0.0 for rank in ranks[1:]]
+        simulated = simulate([stages[rank] for rank in ranks], links, mine).seconds
         result = {
             "bench": "pipeline_gpu",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -69,7 +69,7 @@ def read_bpe(path: Path) -> "tokenizers.Tokenizer":
     Raises:
         ModelError: a file is missing, broken or cut short, or another class of tokenizer's.
     """
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary, merges = bpe_files(path)
     _check_class(vocabulary)
@@ -81,9 +81,21 @@ def read_bpe(path: Path) -> "tokenizers.Tokenizer":
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
         add_prefix_space=configured_flag(vocabulary, "add_prefix_space") or False
     )
+    tokenizer.decoder = decoders.ByteLevel()
     special = _special_tokens(vocabulary)
     tokenizer.add_special_tokens([AddedToken(token) for token in special if token in ids])
     return tokenizer
+
+
+def byte_of_character() -> dict[str, int]:
+    """The byte that each of the 256 printable characters stands for.
+
+    Those that are printable in Latin-1 stand for themselves, the others for what is left, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {chr(byte): byte for byte in printable}
+    return characters | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _check_class(path: Path) -> None:

@@ -8,6 +8,23 @@ import click
 
 from cupyllama import __version__
 from cupyllama.cli_bench import bench
+from cupyllama.cli_generate import generate
+from cupyllama.cli_options import (
+    FILE,
+    PATTERN,
+    CountsType,
+    LimitType,
+    TokensType,
+    device_option,
+    dtype_option,
+    layers_per_stage_option,
+    model_option,
+    no_more,
+    quantize_option,
+    quiet_option,
+    tensor_parallel_option,
+    tokenizer_option,
+)
 from cupyllama.errors import CupyllamaError
 
 INTERRUPTED = 130
@@ -38,64 +55,6 @@ class _Group(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-class _TokensType(click.ParamType):
-    """A positive number of tokens, or auto."""
-
-    name = "auto|N"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
-        if value is None or isinstance(value, int) or value == "auto":
-            return None if value == "auto" else value
-        if not value.isdecimal() or int(value) < 1:
-            self.fail(f"{value!r} is neither auto nor a number of tokens", param, ctx)
-        return int(value)
-
-
-class _LimitType(click.ParamType):
-    """A number of questions, or a fraction of them below 1."""
-
-    name = "N|fraction"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        try:
-            limit = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number", param, ctx)
-        if not 0 < limit < float("inf") or (limit >= 1 and limit != int(limit)):
-            self.fail(f"{value} is neither a number of questions nor a fraction", param, ctx)
-        return limit
-
-
-class _CountsType(click.ParamType):
-    """Positive numbers with commas between them."""
-
-    name = "N,N,…"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        counts = value.split(",")
-        if not all(count.strip().isdecimal() and int(count) for count in counts):
-            self.fail(f"{value!r} is no list of positive numbers", param, ctx)
-        return tuple(map(int, counts))
-
-
-_FILE = click.Path(path_type=Path)
-_PATTERN = "Metaseq's 'DIR/reshard-model_part-*.pt'"
-
-
-def _refuse_more(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> None:
-    if values:
-        raise click.UsageError(
-            f"{values[0]} follows no option. If the shell made it of a pattern, put that in "
-            "quotes: --model 'DIR/reshard-model_part-*.pt'.",
-            ctx,
-        )
-
-
-_no_more = click.argument("more", nargs=-1, metavar="", expose_value=False, callback=_refuse_more)
-
-
 @click.group(
     cls=_Group,
     context_settings={
@@ -106,40 +65,22 @@ _no_more = click.argument("more", nargs=-1, metavar="", expose_value=False, call
 )
 @click.version_option(__version__, prog_name="cupyllama")
 def cli() -> None:
-    """Score multiple-choice benchmarks with large language models, by prefill alone."""
+    """Score multiple-choice benchmarks with large language models, and have them write."""
 
 
 @cli.command()
-@click.option("--model", type=_FILE, help=f"Checkpoint directory, or {_PATTERN}.")
+@model_option
 @click.option("--demo", is_flag=True, help="Score the packaged demo: its model, its questions.")
-@click.option(
-    "--tokenizer",
-    type=_FILE,
-    help="tokenizer.model, tokenizer.json or vocab.json beside merges.txt, if elsewhere.",
-)
-@click.option("--data", type=_FILE, help="Questions: .jsonl or six-line text, plain, .gz or .bz2.")
+@tokenizer_option
+@click.option("--data", type=FILE, help="Questions: .jsonl or six-line text, plain, .gz or .bz2.")
 @click.option("--task", "--tasks", help="Name in the results.  [default: hellaswag]")
-@click.option("--limit", type=_LimitType(), help="Only the first N questions, or that fraction.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float16", "bfloat16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="Of weights and activations; sums are float32. auto: as saved, float32 on a CPU.",
-)
-@click.option(
-    "--quantize",
-    type=click.Choice(["auto", "none", "fp8", "int8"]),
-    default="auto",
-    show_default=True,
-    help="The layers' matrices, and in fp8 what they multiply. auto: as they are stored.",
-)
+@click.option("--limit", type=LimitType(), help="Only the first N questions, or that fraction.")
+@device_option
+@dtype_option
+@quantize_option
 @click.option(
     "--micro-batch-tokens",
-    type=_TokensType(),
+    type=TokensType(),
     default="auto",
     show_default=True,
     help="Tokens computed at a time.",
@@ -165,28 +106,19 @@ def cli() -> None:
     show_default=True,
     help="Pipelines side by side; ranks = replicas × stages × tensor-parallel.",
 )
-@click.option(
-    "--tensor-parallel",
-    "--tensor-parallel-size",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Ranks that share the matrices of each stage.",
-)
-@click.option(
-    "--layers-per-stage", type=_CountsType(), help="Not balanced, but these: 15,15,15,15."
-)
-@click.option("--output", "--output-path", type=_FILE, help="Write the results as JSON.")
-@click.option("--samples", type=_FILE, help="Write one JSON line a question.")
+@tensor_parallel_option
+@layers_per_stage_option
+@click.option("--output", "--output-path", type=FILE, help="Write the results as JSON.")
+@click.option("--samples", type=FILE, help="Write one JSON line a question.")
 @click.option("--log-samples", is_flag=True, help="The same, beside --output.")
 @click.option("--resume", is_flag=True, help="Go on with what --samples has from a broken run.")
 @click.option(
-    "--compare", type=_FILE, help="Say what changed since the run that wrote this --samples file."
+    "--compare", type=FILE, help="Say what changed since the run that wrote this --samples file."
 )
-@click.option("--trace", type=_FILE, help="Write when each rank did what, for Perfetto.")
+@click.option("--trace", type=FILE, help="Write when each rank did what, for Perfetto.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, touching no GPU.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
-@_no_more
+@quiet_option
+@no_more
 def score(
     model: Path | None,
     demo: bool,
@@ -249,12 +181,12 @@ def score(
 @cli.command()
 @click.option(
     "--model",
-    type=_FILE,
+    type=FILE,
     required=True,
     help="Checkpoint directory: Hugging Face's safetensors or pytorch_model.bin, Meta's .pth, or "
-    f"{_PATTERN}.",
+    f"{PATTERN}.",
 )
-@click.option("--output", type=_FILE, required=True, help="Directory to make.")
+@click.option("--output", type=FILE, required=True, help="Directory to make.")
 @click.option(
     "--stages",
     type=click.IntRange(min=1),
@@ -285,12 +217,12 @@ def score(
 )
 @click.option(
     "--layers-per-stage",
-    type=_CountsType(),
+    type=CountsType(),
     help="Layers of each stage, as in 15,15,15,15.  [default: balanced]",
 )
 @click.option("--force", is_flag=True, help="Replace a sharded checkpoint that is there.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
-@_no_more
+@quiet_option
+@no_more
 def shard(**options: Any) -> None:
     """Rewrite a checkpoint as one file a pipeline stage, for faster loading.
 
@@ -322,6 +254,7 @@ def doctor() -> None:
             click.echo(f"  {'':<10} {finding.remedy}")
 
 
+cli.add_command(generate)
 cli.add_command(bench)
 
 

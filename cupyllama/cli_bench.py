@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from cupyllama.cli_options import CountsType, KindsType
+
 _FILE = click.Path(path_type=Path)
 _TOKENS = click.IntRange(min=1)
 _REPEATS = click.IntRange(min=1)
@@ -45,6 +47,7 @@ def bench() -> None:
     \b
       cupyllama bench kernels --plot roofline.png
       cupyllama bench score --shape llama-30b
+      cupyllama bench generate --shape opt-30b
       cupyllama bench pipeline results.json
     """
 
@@ -134,7 +137,7 @@ def bench_gemm(
     help="The layers' matrices, and in fp8 what they multiply.",
 )
 @click.option(
-    "--micro-batch-tokens", type=_TOKENS, multiple=True, default=(8192,), show_default=True
+    "--micro-batch-tokens", type=_TOKENS, multiple=True, default=(32768,), show_default=True
 )
 @click.option("--repeats", type=_REPEATS, default=3, show_default=True)
 @_data
@@ -176,6 +179,69 @@ def bench_score(
         from cupyllama.bench.plot import plot_score
 
         plot_score(measured, plot)
+
+
+@bench.command("generate")
+@_shape(False, "opt-30b")
+@click.option(
+    "--batch-sizes",
+    type=CountsType(),
+    default="1,2,4,8,16,32,64,128,256,512,1024",
+    show_default=True,
+    help="Queries side by side.",
+)
+@click.option("--prompt-len", type=_TOKENS, default=4, show_default=True, help="Tokens of each.")
+@click.option("--new-tokens", type=_TOKENS, default=256, show_default=True, help="After them.")
+@_dtype
+@click.option(
+    "--quantize",
+    type=KindsType(),
+    default="none",
+    show_default=True,
+    help="The layers' matrices: a curve each of none, fp8, int8.",
+)
+@click.option("--repeats", type=_REPEATS, default=1, show_default=True)
+@_json
+@_plot("throughput against latency")
+def bench_generate(
+    shape: str,
+    batch_sizes: tuple[int, ...],
+    prompt_len: int,
+    new_tokens: int,
+    dtype: str,
+    quantize: tuple[str, ...],
+    repeats: int,
+    output: Path | None,
+    plot: Path | None,
+) -> None:
+    """Time generation with random weights of a published shape, at many batch sizes.
+
+    Latency is the time of a batch by the new tokens of a query. The floor is the bytes of weights,
+    keys and values that a token reads, at the rate of a copy within the device in the same run.
+    Under mpirun, the ranks share the matrices of each layer.
+
+    \b
+      cupyllama bench generate --shape opt-30b --quantize none,int8 --plot sweep.png
+      mpirun -n 2 cupyllama bench generate --shape opt-30b
+    """
+    from cupyllama.bench.generate import generate_table, measure_generate
+    from cupyllama.bench.measure import enough_memory, gpu_of
+    from cupyllama.bench.plot import plot_generate
+    from cupyllama.parallel.world import open_world
+
+    world = open_world()
+    with world.together():
+        _check_ends((shape,), output, plot)
+        device = gpu_of(world)
+    with world.alone(), enough_memory(device):
+        measured = measure_generate(
+            device, shape, batch_sizes, prompt_len, new_tokens, dtype, quantize, repeats, world
+        )
+        if world.rank == 0:
+            _finish(measured, generate_table(measured), output)
+            if plot is not None:
+                plot_generate(measured, plot)
+    world.close()
 
 
 @bench.command("load")
@@ -236,21 +302,26 @@ def bench_pipeline(
 
 
 def _ready(shapes: tuple[str, ...], output: Path | None, plot: Path | None = None) -> Any:
-    """The GPU, after a look at all that could end the run when it is over."""
+    """The GPU of a process that is alone, after `_check_ends`."""
     from cupyllama.bench.measure import one_gpu
+
+    _check_ends(shapes, output, plot)
+    return one_gpu()
+
+
+def _check_ends(shapes: tuple[str, ...], output: Path | None, plot: Path | None) -> None:
+    """A look at all that could end the run when it is over."""
     from cupyllama.bench.plot import check_plot
     from cupyllama.bench.shapes import model_config
     from cupyllama.files import check_writable
 
     for shape in shapes:
         model_config(shape)
-    device = one_gpu()
     if plot is not None:
         check_plot(plot)
     for path in (output, plot):
         if path is not None:
             check_writable(path)
-    return device
 
 
 def _finish(measured: dict[str, Any], text: str, output: Path | None) -> None:

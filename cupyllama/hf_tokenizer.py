@@ -1,9 +1,13 @@
 """tokenizer.json, or vocab.json with merges.txt, through HF tokenizers; and what goes in front."""
 
+import json
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from cupyllama.bpe import bpe_files, is_bpe_file, read_bpe
+from cupyllama.bpe import bpe_files, byte_of_character, is_bpe_file, read_bpe
 from cupyllama.errors import ModelError
 from cupyllama.tokenizer_files import (
     IS_IT_COMPLETE,
@@ -17,6 +21,8 @@ from cupyllama.tokenizer_files import (
 # Metaseq's dictionary begins with these, and its prompts, OPT's, with </s>.
 _METASEQ = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 _METASEQ_START = 2
+_METASEQ_END = 2
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class HFTokenizer:
@@ -42,6 +48,7 @@ class HFTokenizer:
                 message = f"{path}: not a tokenizer.json: {error}"
                 raise ModelError(message, IS_IT_COMPLETE) from error
         self.splits_at_spaces = False
+        self._pieces: dict[int, str | bytes | None] = {}
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         own = self._tokenizer.get_vocab(with_added_tokens=True).values()
@@ -86,3 +93,83 @@ class HFTokenizer:
         """Ids of each text, with no special tokens added."""
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def eos_token_id(self) -> int | None:
+        """As the settings beside it name it; Metaseq's have one of their own."""
+        name = configured_token(self.path, "eos_token")
+        if name is not None:
+            return self._tokenizer.token_to_id(name)
+        found = {token: self._tokenizer.token_to_id(token) for token in _METASEQ}
+        return _METASEQ_END if found == _METASEQ else None
+
+    @property
+    def invalid_bytes(self) -> str:
+        return "longest" if self._bytes_of_characters else "run"
+
+    def piece(self, token_id: int) -> str | bytes | None:
+        """As the tokenizer's decoder has it, with no special tokens."""
+        if token_id not in self._pieces:
+            self._pieces[token_id] = self._piece(token_id)
+        return self._pieces[token_id]
+
+    def _piece(self, token_id: int) -> str | bytes | None:
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._special:  # None: padding of the embedding
+            return None
+        if self._bytes_of_characters:
+            try:
+                return bytes([self._bytes_of_characters[character] for character in token])
+            except KeyError:
+                return token.encode()
+        for step in self._decoding:
+            if step["type"] == "Replace":
+                token = token.replace(step["pattern"]["String"], step["content"])
+            elif step["type"] == "Metaspace":
+                token = token.replace(step["replacement"], " ")
+            elif step["type"] == "ByteFallback" and (byte := _BYTE.fullmatch(token)):
+                return bytes([int(byte[1], 16)])
+        return token
+
+    @cached_property
+    def _special(self) -> set[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token_id for token_id, token in added.items() if token.special}
+
+    @cached_property
+    def _bytes_of_characters(self) -> dict[str, int]:
+        """Of a byte-level decoder; empty for any other."""
+        is_byte_level = any(step["type"] == "ByteLevel" for step in self._decoding)
+        return byte_of_character() if is_byte_level else {}
+
+    @cached_property
+    def _decoding(self) -> list[dict[str, Any]]:
+        """What makes text of tokens, in steps.
+
+        Fuse and Strip are left out: they change nothing of text behind other text.
+
+        Raises:
+            ModelError: a step is not known here.
+        """
+        decoder = self._tokenizer.decoder
+        whole = {"type": "null"} if decoder is None else json.loads(decoder.__getstate__())
+        steps = whole["decoders"] if whole["type"] == "Sequence" else [whole]
+        kinds = [step["type"] for step in steps]
+        for place, step in enumerate(steps):
+            kind = step["type"]
+            if not (
+                kind in ("ByteFallback", "Fuse", "Metaspace")
+                or (kind == "ByteLevel" and len(steps) == 1)
+                or (
+                    kind == "Replace"
+                    and "String" in step["pattern"]
+                    and "Fuse" not in kinds[:place]
+                )
+                or (kind == "Strip" and "Fuse" in kinds[:place] and not step["stop"])
+            ):
+                raise ModelError(
+                    f"{self.path}: its decoder is {' + '.join(kinds)}, of which {kind} is not "
+                    "known there",
+                    "Generation reads ByteLevel, Metaspace, and Replace with ByteFallback.",
+                )
+        return steps

@@ -52,11 +52,18 @@ class Readers:
             self._poll.register(process.stdout, select.POLLIN)
 
     def ask(self, buffer: int, file: int, offset: int, nbytes: int) -> None:
-        """Have a buffer filled with `nbytes` of a file."""
+        """Have a buffer filled with `nbytes` of a file.
+
+        Raises:
+            ModelError: its process has ended.
+        """
         reader = buffer // self._buffers
         self._asked[reader].append(buffer)
         asked = ASKED.pack(file, offset, nbytes, buffer * self._nbytes)
-        os.write(self._processes[reader].stdin.fileno(), asked)
+        try:
+            os.write(self._processes[reader].stdin.fileno(), asked)
+        except BrokenPipeError as error:
+            raise _ended() from error
 
     def answers(self) -> Iterator[tuple[int, int]]:
         """Wait, and tell of buffers that have been filled: which, and with how many bytes.
@@ -70,9 +77,7 @@ class Readers:
             reader = self._reader_of[descriptor]
             found = os.read(descriptor, ANSWER.size * self._buffers)
             if len(found) % ANSWER.size or not found:
-                raise ModelError(
-                    "a process that reads the checkpoint has ended", "Is there memory left?"
-                )
+                raise _ended()
             for (nbytes,) in ANSWER.iter_unpack(found):
                 yield self._asked[reader].popleft(), nbytes
 
@@ -95,3 +100,7 @@ def open_readers(count: int, buffers: int, nbytes: int, files: Sequence[int]) ->
         yield readers
     finally:
         readers.close()
+
+
+def _ended() -> ModelError:
+    return ModelError("a process that reads the checkpoint has ended", "Is there memory left?")

@@ -1,4 +1,4 @@
-"""Text to token ids: SentencePiece's tokenizer.model, or what HF tokenizers reads."""
+"""Text to token ids and back: SentencePiece's tokenizer.model, or what HF tokenizers reads."""
 
 import math
 import os
@@ -18,21 +18,34 @@ _SPACE = "▁"  # how SentencePiece writes a space
 
 
 class Tokenizer(Protocol):
-    """What scoring needs of a tokenizer."""
+    """What scoring and generation need of a tokenizer."""
 
     path: Path
     size: int  # ids run from 0 to size - 1
     bos_token_id: int | None
     adds_bos: bool  # whether the tokenizer itself puts BOS before a text
     splits_at_spaces: bool  # ids of "a b" are those of "a" and those of "b" (`can_split`)
+    eos_token_id: int | None
+    # What becomes of bytes that are no character, each to a U+FFFD: "each"; "longest": several, as
+    # far as they might have become one; "run": all bytes in a row with them, characters too.
+    invalid_bytes: str
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with no special tokens added."""
         ...
 
+    def piece(self, token_id: int) -> str | bytes | None:
+        """What a token behind other text stands for; as bytes, perhaps a part of a character.
+
+        None is as if it were not there. An empty text is none either, but ends a character.
+        """
+        ...
+
 
 class SentencePieceTokenizer:
     """A `tokenizer.model`, with the settings that tokenizer_config.json beside it has."""
+
+    invalid_bytes = "each"
 
     def __init__(self, path: Path):
         import sentencepiece
@@ -55,6 +68,12 @@ class SentencePieceTokenizer:
             configured_flag(path, "add_bos_token") is not False and self.bos_token_id is not None
         )
         self.splits_at_spaces = self._splits_at_spaces()
+        self._pieces: dict[int, str | bytes] = {}
+
+    @property
+    def eos_token_id(self) -> int | None:
+        eos = self._processor.eos_id()
+        return eos if eos >= 0 else None
 
     def _splits_at_spaces(self) -> bool:
         """Whether no piece reaches over a space, so that merging cannot either.
@@ -70,6 +89,22 @@ class SentencePieceTokenizer:
         # In parts: SentencePiece keeps Python's other threads, which load weights, waiting.
         parts = (texts[first : first + _PART] for first in range(0, len(texts), _PART))
         return [ids for part in parts for ids in self._processor.EncodeAsIds(list(part))]
+
+    def piece(self, token_id: int) -> str | bytes:
+        if token_id not in self._pieces:
+            self._pieces[token_id] = self._piece(token_id)
+        return self._pieces[token_id]
+
+    def _piece(self, token_id: int) -> str | bytes:
+        processor = self._processor
+        if token_id >= processor.GetPieceSize() or processor.IsControl(token_id):
+            return ""  # the former were added to it, as [PAD] is, or are padding of the embedding
+        if processor.IsUnknown(token_id):
+            return processor.DecodeIds([token_id])
+        piece = processor.IdToPiece(token_id)
+        if processor.IsByte(token_id):
+            return bytes([int(piece[len("<0x") : -1], 16)])
+        return piece.replace(_SPACE, " ")
 
 
 def load_tokenizer(model: Path, path: Path | None = None) -> Tokenizer:

@@ -615,7 +615,7 @@ def test_several_ranks_are_refused(monkeypatch):
 @pytest.fixture
 def pretended_gpu(monkeypatch, on_the_host):
     """`reference` in place of the device, and a watch that says a millisecond."""
-    monkeypatch.setattr(measure, "choose_device", lambda kind: (CPU, ""))
+    monkeypatch.setattr(measure, "choose_device", lambda kind, *ranks: (CPU, ""))
     monkeypatch.setattr(kernels, "layer_rate", lambda config, dtype, tokens: 7e14)
     monkeypatch.setattr(kernels, "copy_rate", lambda: 3e12)
     watch = SimpleNamespace(seconds=lambda launch: 1e-3 if launch() is not None else 1e-3)

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # in the engines' processes too
 
 import compare_lm_eval  # noqa: E402
+import compare_transformers_generate as compare_generate  # noqa: E402
 import compare_vllm  # noqa: E402
 import comparison  # noqa: E402
 import hf_folder  # noqa: E402
@@ -33,6 +34,7 @@ from cupyllama.tasks.files import demo_directory, load_task  # noqa: E402
 from cupyllama.tasks.question import Question  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
+STAND_INS = ("lm_eval", "vllm", "torch", "transformers")
 DEMO = demo_directory()
 
 
@@ -303,7 +305,7 @@ def stand_in(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path / "modules")
 
     yield write
-    for name in [name for name in sys.modules if name.split(".")[0] in ("lm_eval", "vllm")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in STAND_INS]:
         del sys.modules[name]
 
 
@@ -428,3 +430,146 @@ def test_lm_eval_itself_agrees(shape, real_data, tmp_path):
     theirs = result["runs"][1]
     assert theirs["largest_difference"] < 1e-3 and theirs["rows_tokenised_otherwise"] == 0
     assert set(theirs["same_predictions"].values()) == {result["questions"]}
+
+
+# Generation beside transformers
+
+# What torch would compile, and what becomes of it, is in place of {compiled}.
+TRANSFORMERS = {
+    "torch/__init__.py": """
+import contextlib
+import numpy as np
+
+__version__ = "0.0"
+float32 = "float32"
+inference_mode = contextlib.nullcontext
+ones_like = np.ones_like
+
+class Tensor(np.ndarray):
+    def cpu(self):
+        return self
+
+    def numpy(self):
+        return np.asarray(self)
+
+def tensor(values, device):
+    assert device == "cpu"
+    return np.asarray(values).view(Tensor)
+""",
+    "torch/_dynamo.py": """
+from types import SimpleNamespace
+
+config = SimpleNamespace(automatic_dynamic_shapes=True)
+utils = SimpleNamespace(counters={"stats": {"unique_graphs": 0}})
+utils.counters = type("Counters", (dict,), {"clear": lambda self: None})(utils.counters)
+""",
+    "transformers/__init__.py": """
+from types import SimpleNamespace
+import numpy as np
+from torch import _dynamo
+
+__version__ = "0.0"
+
+class Model:
+    generation_config = SimpleNamespace(eos_token_id=2)
+
+    def to(self, device, dtype):
+        assert (device, dtype) == ("cpu", "float32")
+        return self
+
+    def eval(self):
+        pass
+
+    def generate(self, ids, attention_mask, max_new_tokens, disable_compile, **given):
+        assert given == dict(do_sample=False, cache_implementation="static", pad_token_id=0)
+        assert self.generation_config.eos_token_id is None and (attention_mask == 1).all()
+        if not disable_compile:
+            assert not _dynamo.config.automatic_dynamic_shapes
+            {compiled}
+        new = np.full((len(ids), max_new_tokens), -7)
+        return np.concatenate([ids, new], axis=1).view(type(ids))
+
+class AutoModelForCausalLM:
+    from_pretrained = lambda path: Model()
+""",
+}
+
+
+def with_compiled(line: str) -> dict[str, str]:
+    return {name: text.replace("{compiled}", line) for name, text in TRANSFORMERS.items()}
+
+
+def compare_on_the_demo(path: Path) -> dict:
+    given = ["--model", DEMO, "--device", "cpu", "--dtype", "float32", "--batch-sizes", "1,3"]
+    given += ["--prompt-lens", "4,20", "--new-tokens", 5, "--repeats", 2, "--json", path]
+    result = CliRunner().invoke(compare_generate.main, list(map(str, given)))
+    assert result.exit_code == 0, result.output
+    return json.loads(path.read_text()) | {"output": result.output}
+
+
+def test_compare_generate_with_a_stand_in(stand_in, tmp_path):
+    stand_in(with_compiled('_dynamo.utils.counters["stats"]["unique_graphs"] += 1'))
+    result = compare_on_the_demo(tmp_path / "out.json")
+    assert (result["bench"], result["shape"]) == ("compare_transformers_generate", "demo")
+    assert {"cupyllama", "torch", "transformers"} < set(result["versions"]) and result["gpu"]
+    assert [(case["batch_size"], case["prompt_len"]) for case in result["cases"]] == [
+        *((1, 4), (1, 20), (3, 4), (3, 20))
+    ]
+    for case in result["cases"]:
+        assert set(case["ways"]) == {"cupyllama", "eager", "compiled"}
+        ours = case["ways"]["cupyllama"]
+        for way in case["ways"].values():
+            rate = 5 * case["batch_size"] / np.median(way["seconds"])
+            assert len(way["seconds"]) == 2 and way["tokens_per_second"] == pytest.approx(rate)
+        for name in ("eager", "compiled"):
+            way = case["ways"][name]
+            ratio = ours["tokens_per_second"] / way["tokens_per_second"]
+            assert way["ours_times_this"] == pytest.approx(ratio) and way["same_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("raise OSError('no C compiler\\nat all')", "OSError: no C compiler"),
+        ("pass", "generate compiled nothing"),
+    ],
+)
+def test_compiling_may_not_be_had(line, said, stand_in, tmp_path):
+    stand_in(with_compiled(line))
+    result = compare_on_the_demo(tmp_path / "out.json")
+    for case in result["cases"]:
+        assert case["ways"]["compiled"] == {"unavailable": said}
+        assert case["ways"]["eager"]["tokens_per_second"] > 0
+    assert result["output"].count(f"not to be had: {said}") == 4
+
+
+def test_figures_of_generation_by_hand():
+    case = compare_generate.Case(2, 4, 3)
+
+    def outcomes(seconds, tokens):
+        return [{case: compare_generate.Outcome(s, np.array(tokens))} for s in seconds]
+
+    own = [{"cupyllama": one} for one in outcomes([1, 2, 9], [[5, 6, 7], [8, 9, 9]])]
+    # The first is the same for two tokens, the second for none: what follows does not count.
+    eager, compiled = (outcomes(s, [[5, 6, 0], [0, 9, 9]]) for s in ([8, 7, 4], [3, 3, 3]))
+    theirs = [{"eager": e, "compiled": c} for e, c in zip(eager, compiled, strict=True)]
+    for same in (True, False):
+        (record,) = compare_generate.summary([case], [own, theirs], same)
+        assert record["ways"]["cupyllama"]["tokens_per_second"] == 3
+        assert record["ways"]["eager"]["ours_times_this"] == pytest.approx(3.5)
+        assert record["ways"]["compiled"]["ours_times_this"] == pytest.approx(1.5)
+        assert record["ways"]["eager"].get("same_tokens") == (2 if same else None)
+    _, first, second, third = compare_generate.table([record])
+    assert first.split(" | ")[3:] == ["cupyllama ", "      3.0", "    666.67"]
+    assert second.split(" | ")[4:] == ["      0.9", "   2333.33", "       3.50"]
+
+
+def test_generation_needs_transformers_and_a_known_shape(stand_in, monkeypatch):
+    stand_in(with_compiled("pass"))
+    result = CliRunner().invoke(compare_generate.main, ["--device", "cpu", "--shape", "llama-8b"])
+    assert result.exit_code == 1 and "shape 'llama-8b' is not known" in result.output
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = CliRunner().invoke(compare_generate.main, [])
+    assert result.output == (
+        "Error: transformers is not installed: pip install 'transformers torch accelerate'\n"
+    )

@@ -8,8 +8,13 @@ import pytest
 HEAVY = ("cupy", "mpi4py", "datasets", "sentencepiece", "tokenizers", "numpy", "tqdm")
 
 
-def loaded_after(statement: str) -> set[str]:
-    code = f"{statement}\nimport sys\nprint(*(name for name in {HEAVY} if name in sys.modules))"
+# What generation is made of besides what scoring has.
+GENERATION = ("cupyllama.generation", "cupyllama.generate", "cupyllama.parallel.links")
+GENERATION += tuple(f"cupyllama.ops.{name}" for name in ("decode_reference", "sampling_reference"))
+
+
+def loaded_after(statement: str, names: tuple[str, ...] = HEAVY) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*(name for name in {names} if name in sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     return set(answer.stdout.split())
@@ -37,3 +42,11 @@ def test_scoring_a_local_file_on_the_cpu_loads_no_more(tmp_path):
         f"import contextlib, io\nwith contextlib.redirect_stdout(io.StringIO()):\n    exec({run!r})"
     )
     assert not loaded_after(quiet) & {"cupy", "mpi4py", "datasets", "tokenizers"}
+    assert not loaded_after(quiet, GENERATION)
+
+
+def test_what_generation_loads():
+    """So that the names above are those of modules."""
+    statement = "import cupyllama.generate, cupyllama.ops.decode_reference"
+    assert loaded_after(statement, GENERATION) == set(GENERATION)
+    assert not loaded_after(statement) & {"cupy", "mpi4py", "datasets"}

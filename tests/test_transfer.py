@@ -21,6 +21,7 @@ from cupyllama.config import load_config
 from cupyllama.errors import ModelError
 from cupyllama.loading import PIECES_PER_CHUNK, load_stage
 from cupyllama.ops import reference
+from cupyllama.readers import open_readers
 
 cupy = pytest.importorskip("cupy")
 from cupyllama.ops import transfer  # noqa: E402
@@ -202,6 +203,14 @@ def test_a_reading_process_that_is_killed_is_told(driver, tmp_path, monkeypatch)
     with pytest.raises(ModelError, match="a process that reads the checkpoint has ended"):
         load_by_processes(directory, piece_bytes=1000, on_bytes=on_bytes)
     assert [process.poll() for process in started] == [-signal.SIGKILL] * 3
+
+
+def test_nothing_can_be_asked_of_a_process_that_has_ended():
+    with open_readers(2, 1, 4096, []) as readers:
+        readers._processes[1].kill()
+        readers._processes[1].wait()
+        with pytest.raises(ModelError, match="a process that reads the checkpoint has ended"):
+            readers.ask(1, 0, 0, 10)
 
 
 def test_loading_that_is_broken_off_leaves_no_process(driver, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 
 from cupyllama.errors import CupyllamaError, DeviceError, UsageError
 from cupyllama.parallel.devices import Device, choose_device
-from cupyllama.parallel.world import open_world
+from cupyllama.parallel.world import World, open_world
 from cupyllama.provenance import versions
 
 Array = Any
@@ -55,7 +55,16 @@ def one_gpu() -> Device:
                 f"this bench measures one GPU, and there are {world.size} ranks",
                 "Start it without mpirun.",
             )
-    return choose_device("cuda")[0]
+    return gpu_of(world)
+
+
+def gpu_of(world: World) -> Device:
+    """The GPU of a rank.
+
+    Raises:
+        DeviceError: there is no usable GPU.
+    """
+    return choose_device("cuda", world.local_rank, world.local_size)[0]
 
 
 @contextmanager

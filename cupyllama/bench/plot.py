@@ -100,6 +100,56 @@ def plot_score(measured: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_generate(measured: dict[str, Any], path: Path) -> None:
+    """Latency and throughput: a curve a quantization, a point a batch size, and the floor of each.
+
+    What memory does not hold is named underneath.
+    """
+    from matplotlib.ticker import LogLocator
+
+    figure, axes = _figure(9, 6)
+    missing = []
+    for number, setting in enumerate(measured["settings"]):
+        name = setting["quantize"] or measured["dtype"]
+        colour = _colours(20)[2 * number]
+        runs = [run for run in setting["runs"] if not run["out_of_memory"]]
+        if left := [f"{run['batch_size']}" for run in setting["runs"] if run["out_of_memory"]]:
+            missing.append(f"There is no memory for a batch of {', '.join(left)} in {name}.")
+        if not runs:
+            continue
+        points = [(run["ms_per_token"], run["queries_per_second"]) for run in runs]
+        axes.plot(*zip(*points, strict=True), _MARKERS[number] + "-", color=colour, label=name)
+        floor = [
+            (run["floor_ms"], 1e3 * run["batch_size"] / run["floor_ms"] / measured["new_tokens"])
+            for run in runs
+        ]
+        label = f"{name}, if reading memory were all"
+        axes.plot(*zip(*floor, strict=True), ":", color=colour, marker=".", label=label)
+        for run, place in zip(runs, points, strict=True):
+            axes.annotate(
+                f"{run['batch_size']}",
+                place,
+                (5, -9),
+                textcoords="offset points",
+                fontsize=8,
+                color=colour,
+            )
+    axes.set(yscale="log", xlabel="latency, ms a token", ylabel="queries a second")
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.grid(alpha=0.3)
+    if axes.get_lines():
+        axes.legend(loc="lower right")
+    figure.supxlabel("\n".join(["Figures are batch sizes.", *missing]), fontsize=9)
+    figure.suptitle(
+        f"{measured['shape']} on {measured['gpu']}: {measured['new_tokens']} tokens after "
+        f"{measured['prompt_len']}"
+    )
+    _save(figure, path)
+
+
 def _point(run: dict[str, Any]) -> tuple[float, float]:
     return run["flops"] / run["bytes"], run["tflops"]
 
