@@ -296,6 +296,8 @@ def test_full_disks(prompts_file, tmp_path):
     result = generate("--prompts", prompts_file, "--output", tmp_path / "out.jsonl", *more)
     fails(result, 1, "out.jsonl.partial: cannot be written: No space left on device")
     command = [sys.executable, "-m", "cupyllama", "generate", "--demo", "--device", "cpu"]
+    # Buffered, so that there is something left to write when Python ends.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     for given in (["--prompts", prompts_file], ["--prompt", PROMPTS[0]]):
         with open("/dev/full", "w") as full:
             answer = subprocess.run(
@@ -303,6 +305,7 @@ def test_full_disks(prompts_file, tmp_path):
                 stdout=full,
                 stderr=subprocess.PIPE,
                 text=True,
+                env=buffered,
             )
         assert answer.returncode == 1
         assert answer.stderr == (

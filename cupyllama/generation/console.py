@@ -4,9 +4,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from cupyllama.errors import DataError, OutputError
 
@@ -110,6 +111,15 @@ def print_now(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
+        _forget(stream)
         raise OutputError(
             f"stdout: cannot be written: {error.strerror}", "Is there space left on the disk?"
         ) from error
+
+
+def _forget(stream: TextIO) -> None:
+    """Let what the stream still has go nowhere: Python would fail on it again, as it ends."""
+    with suppress(OSError, ValueError):  # a stream that is no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
