@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cupyllama.generation.batch import Segment, cached_batch
-from cupyllama.kernels import SECTION, STEP_KEYS
+from cupyllama.kernels.definitions import SECTION, STEP_KEYS
 from cupyllama.ops.attention_plan import (
     LONG_KEYS,
     QUERY_TILE,

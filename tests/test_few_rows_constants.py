@@ -2,7 +2,7 @@
 
 import pytest
 
-from cupyllama import kernels
+from cupyllama.kernels import definitions
 
 # Of models from 125M to 175B, whole and cut for several ranks, and the least that there is.
 KS = (16, 48, 512, 768, 1024, 3072, 4096, 5504, 6656, 7168, 9216, 11008, 17920, 28672, 49152)
@@ -13,18 +13,20 @@ KS = (16, 48, 512, 768, 1024, 3072, 4096, 5504, 6656, 7168, 9216, 11008, 17920, 
 @pytest.mark.parametrize("shared_kib", [99, 163, 227])
 def test_gemv_constants(eight_bit, rows, shared_kib):
     for k in KS:
-        c = kernels.gemv_constants("FP16", eight_bit, rows, k, "PLAIN", False, shared_kib * 1024)
+        c = definitions.gemv_constants(
+            "FP16", eight_bit, rows, k, "PLAIN", False, shared_kib * 1024
+        )
         threads = 32 * c["K_WARPS"] * c["GROUPS"]
         assert rows <= c["TOKENS"] and c["BAND"] * c["TOKENS"] <= threads <= 1024, c
         assert c["DEPTH"] >= 2 and c["BAND"] >= c["GROUPS"], c
-        assert kernels.gemv_shared_bytes(c) <= shared_kib * 1024, c
+        assert definitions.gemv_shared_bytes(c) <= shared_kib * 1024, c
 
 
 @pytest.mark.parametrize("k", [4096, 7168, 28672, 6656, 17920, 11008])
 def test_gemv_leaves_few_warps_idle(k):
     """What warps have beyond k they do not read, but others then read more slowly."""
     for eight_bit in (False, True):
-        c = kernels.gemv_constants("FP16", eight_bit, 1, k, "PLAIN", False, 227 * 1024)
+        c = definitions.gemv_constants("FP16", eight_bit, 1, k, "PLAIN", False, 227 * 1024)
         units = -(-k * (2 - eight_bit) // 512)
         at_once = c["K_WARPS"] * c["SLICE"]
         assert -(-units // at_once) * at_once <= 1.13 * units, c
@@ -34,8 +36,8 @@ def test_gemv_leaves_few_warps_idle(k):
 @pytest.mark.parametrize("shared_kib, most", [(99, 64), (163, 128), (227, 128)])
 def test_tiles_fit_or_are_refused(shared_kib, most):
     for rows in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129):
-        c = kernels.few_rows_constants("FP16", rows, "PLAIN", False, shared_kib * 1024)
+        c = definitions.few_rows_constants("FP16", rows, "PLAIN", False, shared_kib * 1024)
         assert (c is None) == (rows > most), (rows, c)
         if c is not None:
             assert rows <= c["TOKENS"] and c["STAGES"] >= 2, c
-            assert kernels.few_rows_shared_bytes(c) <= shared_kib * 1024, c
+            assert definitions.few_rows_shared_bytes(c) <= shared_kib * 1024, c

@@ -8,6 +8,8 @@ from importlib import resources
 import pytest
 
 from cupyllama import kernels
+from cupyllama.kernels import definitions
+from cupyllama.kernels.variants import variants
 
 HEAD_SIZES = range(32, 257, 2)  # what ModelConfig accepts
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
@@ -34,7 +36,7 @@ def _assert_no_spills(filename, arch, constants):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_spills(arch):
-    for filename, constants in kernels.variants(arch):
+    for filename, constants in variants(arch):
         _assert_no_spills(filename, arch, constants)
 
 
@@ -47,7 +49,7 @@ def _sample_of_head_sizes(arch):
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch >= 80])
 def test_no_spills_in_attention_mma_of_rare_head_sizes(arch):
     for i, head_dim in enumerate(_sample_of_head_sizes(arch)):
-        constants = kernels.attention_mma_constants(("FP16", "BF16")[i % 2], head_dim, 32, 8)
+        constants = definitions.attention_mma_constants(("FP16", "BF16")[i % 2], head_dim, 32, 8)
         _assert_no_spills("attention_mma.cu", arch, constants)
 
 
@@ -55,19 +57,19 @@ def test_no_spills_in_attention_mma_of_rare_head_sizes(arch):
 def test_no_spills_in_attention_of_rare_head_sizes(arch):
     for i, head_dim in enumerate(_sample_of_head_sizes(arch)[::-3]):
         storage = ("FP32", "FP16", "BF16")[i % 3]
-        constants = kernels.attention_constants(storage, head_dim, 32, 8)
+        constants = definitions.attention_constants(storage, head_dim, 32, 8)
         _assert_no_spills("attention.cu", arch, constants)
 
 
 def test_shared_memory_fits():
     """What a block may have on any GPU from 8.0 on."""
     for head_dim in HEAD_SIZES:
-        constants = kernels.attention_mma_constants("FP16", head_dim, 32, 8)
-        assert kernels.attention_mma_shared_bytes(constants) <= 99 * 1024, constants
+        constants = definitions.attention_mma_constants("FP16", head_dim, 32, 8)
+        assert definitions.attention_mma_shared_bytes(constants) <= 99 * 1024, constants
 
 
 def test_every_file_has_a_variant():
-    covered = {filename for arch in ARCHS for filename, _ in kernels.variants(arch)}
+    covered = {filename for arch in ARCHS for filename, _ in variants(arch)}
     assert covered == {name for name in FILES if name.endswith(".cu")}
 
 
@@ -91,7 +93,7 @@ def test_errors_name_file_and_line(monkeypatch, broken):
     line = text[: text.index(marker)].count("\n") + 1
     monkeypatch.setattr(kernels, "source", with_error)
     with pytest.raises(RuntimeError) as error:
-        _compile("rope.cu", 80, **kernels.rope_constants("FP16", 128, 32, 32))
+        _compile("rope.cu", 80, **definitions.rope_constants("FP16", 128, 32, 32))
     # The first alone: a mistake brings others, on the lines that follow.
     first = re.search(r"^(.*)\((\d+)\): .*\berror\b", str(error.value), re.MULTILINE)
     assert first and first.groups() == (broken, str(line)), error.value
@@ -105,7 +107,7 @@ def test_import_is_free():
 @pytest.mark.parametrize("itemsize, storage", [(2, "FP16"), (4, "FP32")])
 @pytest.mark.parametrize("hidden", [1, 96, 331, 4096, 6656, 8192, 8193, 16384])
 def test_rmsnorm_threads_cover_the_row(hidden, itemsize, storage):
-    threads = kernels.rmsnorm_constants(storage, hidden)["THREADS"]
-    packs = hidden // kernels.pack_width(hidden, itemsize)
+    threads = definitions.rmsnorm_constants(storage, hidden)["THREADS"]
+    packs = hidden // definitions.pack_width(hidden, itemsize)
     assert threads % 32 == 0 and 32 <= threads <= 1024
     assert -(-packs // threads) * (hidden // packs) <= 40

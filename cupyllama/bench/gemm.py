@@ -15,7 +15,7 @@ from cupyllama.checkpoint.fields import matrix_shapes, stage_fields
 from cupyllama.config import ModelConfig
 from cupyllama.errors import DeviceError
 from cupyllama.families import family_of
-from cupyllama.kernels import FP8_ARCH
+from cupyllama.kernels.definitions import FP8_ARCH
 from cupyllama.ops import reference
 from cupyllama.parallel.devices import Device, choose_dtype, storage_dtype
 from cupyllama.quantized import Quantized

@@ -24,7 +24,7 @@ from cupyllama.families import family_of
 from cupyllama.generation.blocks import BlockPool, blocks_for
 from cupyllama.generation.engine import Decoder, Engine, Event, Prompt
 from cupyllama.generation.session import decode_ops, make_cache
-from cupyllama.kernels import FP8_ARCH
+from cupyllama.kernels.definitions import FP8_ARCH
 from cupyllama.parallel.devices import Device, choose_dtype, storage_dtype
 from cupyllama.parallel.pipeline import connect_group, make_grid
 from cupyllama.parallel.world import World

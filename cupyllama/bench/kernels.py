@@ -14,7 +14,7 @@ from cupyllama.bench.rows import few_shot_rows, read_rows
 from cupyllama.bench.shapes import model_config
 from cupyllama.bench.table import as_table
 from cupyllama.evaluate import plan
-from cupyllama.kernels import FP8_ARCH
+from cupyllama.kernels.definitions import FP8_ARCH
 from cupyllama.parallel.devices import Device, choose_dtype, storage_dtype
 
 # By family: every kernel that a model launches, and those of fp8.

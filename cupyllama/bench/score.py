@@ -25,7 +25,7 @@ from cupyllama.config import ModelConfig
 from cupyllama.errors import CupyllamaError, DeviceError
 from cupyllama.evaluate import ChoiceScores, Line, evaluate, plan
 from cupyllama.families import Stage
-from cupyllama.kernels import FP8_ARCH
+from cupyllama.kernels.definitions import FP8_ARCH
 from cupyllama.packing import MicroBatch
 from cupyllama.parallel.devices import Device, choose_dtype, storage_dtype
 from cupyllama.sizing import activation_bytes

@@ -6,8 +6,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from cupyllama import kernels
-from cupyllama.kernels import kernel
+from cupyllama.kernels import definitions, kernel
 from cupyllama.ops.arrays import check, multiprocessors, storage
 from cupyllama.ops.attention_plan import QUERY_TILE
 
@@ -30,13 +29,13 @@ def rope(
         cos, sin: (positions, head_dim / 2) float32.
     """
     tokens, half = len(qkv), cos.shape[1]
-    constants = kernels.rope_constants(storage(qkv), 2 * half, num_heads, num_key_value_heads)
+    constants = definitions.rope_constants(storage(qkv), 2 * half, num_heads, num_key_value_heads)
     check(qkv, qkv.dtype, (tokens, constants["ROW"]))
     check(positions, np.int32, (tokens,))
     check(cos, np.float32, (len(cos), half))
     check(sin, np.float32, cos.shape)
     if tokens:
-        packs = constants["ROTATED_HEADS"] * half // kernels.pack_width(half, qkv.itemsize)
+        packs = constants["ROTATED_HEADS"] * half // definitions.pack_width(half, qkv.itemsize)
         launch = kernel("rope.cu", "rope", **constants)
         launch((tokens,), (min(-(-packs // 32) * 32, 256),), (qkv, positions, cos, sin))
     return qkv
@@ -80,7 +79,7 @@ def store_keys(cache: Array, qkv: Array, slots: Array) -> None:
     check(cache, cache.dtype, (len(cache), columns))
     check(slots, np.int32, (tokens,))
     if tokens:
-        constants = kernels.attention_store_constants(columns, row, qkv.itemsize)
+        constants = definitions.attention_store_constants(columns, row, qkv.itemsize)
         launch = kernel("attention_store.cu", "attention_store", **constants)
         threads = min(-(-constants["UNITS"] // 32) * 32, 256)
         launch((tokens,), (threads,), (cache, qkv, slots))
@@ -99,10 +98,10 @@ def attention_sm90(
     """
     out, heads = _out(qkv, batch, num_heads, num_key_value_heads, cache)
     if out.size:
-        constants = kernels.attention_sm90_constants(
+        constants = definitions.attention_sm90_constants(
             *heads, batch.item_queries, cached=cache is not None
         )
-        shared = kernels.attention_sm90_shared_bytes(constants)
+        shared = definitions.attention_sm90_shared_bytes(constants)
         launch = kernel("attention_sm90.cu", "attention_sm90", shared, **constants)
         groups, items = constants["GROUPS"], len(batch.items)
         # Two blocks of one group that multiplies, or one of two, fill a multiprocessor.
@@ -126,8 +125,8 @@ def attention_mma(
     """
     out, heads = _out(qkv, batch, num_heads, num_key_value_heads, cache)
     if out.size:
-        constants = kernels.attention_mma_constants(*heads, cached=cache is not None)
-        shared = kernels.attention_mma_shared_bytes(constants)
+        constants = definitions.attention_mma_constants(*heads, cached=cache is not None)
+        shared = definitions.attention_mma_shared_bytes(constants)
         launch = kernel("attention_mma.cu", "attention_mma", shared, **constants)
         arguments = _tile_arguments(out, qkv, batch, constants["HEAD_DIM"], cache)
         launch((num_heads * len(batch.tiles),), (128,), arguments, shared_mem=shared)
@@ -144,7 +143,7 @@ def attention_portable(
     """`attention` on any GPU, in any storage.  With a cache, all keys are there already."""
     out, heads = _out(qkv, batch, num_heads, num_key_value_heads, cache)
     if out.size:
-        constants = kernels.attention_constants(*heads, cached=cache is not None)
+        constants = definitions.attention_constants(*heads, cached=cache is not None)
         launch = kernel("attention.cu", "attention", **constants)
         block_queries = 4 * constants["WARP_QUERIES"]
         grid = (num_heads * len(batch.tiles), QUERY_TILE // block_queries)

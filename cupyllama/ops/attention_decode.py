@@ -7,8 +7,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from cupyllama import kernels
-from cupyllama.kernels import kernel
+from cupyllama.kernels import definitions, kernel
 from cupyllama.ops.arrays import check, multiprocessors, storage
 from cupyllama.ops.attention import scale
 
@@ -65,10 +64,10 @@ def attention_decode(
         return out
     sizes = (storage(qkv), head_dim, num_heads, num_key_value_heads)
     splits, warps = cut(rows, max_keys, *sizes)
-    constants = kernels.attention_decode_constants(*sizes, warps)
+    constants = definitions.attention_decode_constants(*sizes, warps)
     blocks = num_heads // constants["HEADS"]
     spans = -(-max_keys // (constants["CHUNK"] * constants["SPAN"]))
-    shared = kernels.attention_decode_shared_bytes(constants)
+    shared = definitions.attention_decode_shared_bytes(constants)
     launch = kernel("attention_decode.cu", "attention_decode", shared, **constants)
     sums = states = tickets = None
     if splits > 1:
@@ -88,7 +87,7 @@ def cut(rows: int, max_keys: int, *sizes: Any) -> tuple[int, int]:
     Args:
         sizes: as `attention_decode_constants` takes them.
     """
-    constants = kernels.attention_decode_constants(*sizes, 16)
+    constants = definitions.attention_decode_constants(*sizes, 16)
     processors = multiprocessors(cupy.cuda.Device().id)
     span_keys = constants["CHUNK"] * constants["SPAN"]
     blocks = rows * constants["NUM_HEADS"] // constants["HEADS"]

@@ -6,7 +6,7 @@
 
 import numpy as np
 
-from cupyllama.kernels import SECTION, STEP_KEYS
+from cupyllama.kernels.definitions import SECTION, STEP_KEYS
 from cupyllama.packing import MicroBatch, common_prefix_length
 
 # Queries of a tile.

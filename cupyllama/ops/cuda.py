@@ -10,8 +10,7 @@ import cupy
 import cupyx
 import numpy as np
 
-from cupyllama import kernels
-from cupyllama.kernels import kernel
+from cupyllama.kernels import definitions, kernel
 from cupyllama.ops import cublaslt, gemm_sm90
 from cupyllama.ops.arrays import check, storage
 from cupyllama.ops.attention import (  # noqa: F401
@@ -119,7 +118,7 @@ def release_memory() -> None:
 def check_libraries() -> None:
     """Raises whatever keeps cuBLASLt from loading, or a kernel from being compiled and loaded."""
     cublaslt.version()
-    kernel("swiglu.cu", "swiglu", **kernels.swiglu_constants("FP16", 64))
+    kernel("swiglu.cu", "swiglu", **definitions.swiglu_constants("FP16", 64))
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> Array:
@@ -152,7 +151,7 @@ def gather(rows: Array, table: Array) -> Array:
     check(table, table.dtype, table.shape)
     out = cupy.empty((count, columns), table.dtype)
     if out.size:
-        constants = kernels.gather_constants(columns, table.itemsize)
+        constants = definitions.gather_constants(columns, table.itemsize)
         launch = kernel("gather.cu", "gather", **constants)
         launch((count,), (_threads(constants["UNITS"]),), (out, rows, table))
     return out
@@ -171,7 +170,7 @@ def quantize(x: Array, out: Quantized | None = None, kind: str = "fp8") -> Quant
     check(out.values, VALUE_DTYPES[out.kind], (rows, columns))
     check(out.scale, np.float32, (rows,), one_by_one=True)
     if x.size:
-        constants = kernels.quantize_constants(storage(x), columns, out.kind)
+        constants = definitions.quantize_constants(storage(x), columns, out.kind)
         launch = kernel("quantize.cu", "quantize", **constants)
         launch((rows,), (constants["THREADS"],), (out.values, out.scale, x))
     return out
@@ -184,8 +183,8 @@ def dequantize(matrix: Quantized, dtype: np.dtype) -> Array:
     check(matrix.scale, np.float32, (rows,), one_by_one=True)
     out = cupy.empty((rows, columns), dtype)
     if out.size:
-        constants = kernels.dequantize_constants(storage(out), columns)
-        packs = out.size // kernels.pack_width(columns, out.itemsize)
+        constants = definitions.dequantize_constants(storage(out), columns)
+        packs = out.size // definitions.pack_width(columns, out.itemsize)
         blocks = -(-packs // (constants["THREADS"] * constants["SLOTS"]))
         launch = kernel("dequantize.cu", "dequantize", **constants)
         arguments = (out, matrix.values, matrix.scale, np.uint32(packs))
@@ -228,7 +227,7 @@ def rmsnorm(x: Array, weight: Array, eps: float, quantized: bool = False) -> Arr
     check(weight, x.dtype, (hidden,))
     out, written = _results(tokens, hidden, x.dtype, quantized)
     if x.size:
-        constants = kernels.rmsnorm_constants(storage(x), hidden, quantized)
+        constants = definitions.rmsnorm_constants(storage(x), hidden, quantized)
         launch = kernel("rmsnorm.cu", "rmsnorm", **constants)
         launch((tokens,), (constants["THREADS"],), (*written, x, weight, np.float32(eps)))
     return out
@@ -244,7 +243,7 @@ def layernorm(
     check(bias, x.dtype, (hidden,))
     out, written = _results(tokens, hidden, x.dtype, quantized)
     if x.size:
-        constants = kernels.layernorm_constants(storage(x), hidden, quantized)
+        constants = definitions.layernorm_constants(storage(x), hidden, quantized)
         launch = kernel("layernorm.cu", "layernorm", **constants)
         launch((tokens,), (constants["THREADS"],), (*written, x, weight, bias, np.float32(eps)))
     return out
@@ -256,8 +255,8 @@ def add(x: Array, y: Array) -> Array:
     check(x, x.dtype, (tokens, hidden))
     check(y, x.dtype, (tokens, hidden))
     if x.size:
-        launch = kernel("add.cu", "add", **kernels.add_constants(storage(x), hidden))
-        packs = hidden // kernels.pack_width(hidden, x.itemsize)
+        launch = kernel("add.cu", "add", **definitions.add_constants(storage(x), hidden))
+        packs = hidden // definitions.pack_width(hidden, x.itemsize)
         launch((tokens, _blocks(packs)), (256,), (x, y))
     return x
 
@@ -357,9 +356,9 @@ def swiglu(gate_up: Array, quantized: bool = False) -> Array | Quantized:
     check(gate_up, gate_up.dtype, (tokens, 2 * intermediate))
     out, written = _results(tokens, intermediate, gate_up.dtype, quantized)
     if gate_up.size:
-        constants = kernels.swiglu_constants(storage(gate_up), intermediate, quantized)
+        constants = definitions.swiglu_constants(storage(gate_up), intermediate, quantized)
         launch = kernel("swiglu.cu", "swiglu", **constants)
-        packs = intermediate // kernels.pack_width(intermediate, gate_up.itemsize)
+        packs = intermediate // definitions.pack_width(intermediate, gate_up.itemsize)
         grid, threads = (
             ((tokens,), constants["THREADS"]) if quantized else ((tokens, _blocks(packs)), 256)
         )
@@ -382,7 +381,7 @@ def log_probs(logits: Array, target_start: Array, target_token: Array, out: Arra
     check(target_token, np.int32, (targets,))
     check(out, np.float32, (2, targets))
     if rows and targets:
-        constants = kernels.log_probs_constants(vocab)
+        constants = definitions.log_probs_constants(vocab)
         launch = kernel("log_probs.cu", "log_probs", **constants)
         arguments = (out, logits, target_start, target_token, np.int32(targets))
         launch((rows,), (constants["THREADS"],), arguments)
@@ -404,7 +403,7 @@ def log_probs_part(
     check(target_token, np.int32, (targets,))
     check(out, np.float32, (4, targets))
     if rows and targets:
-        constants = kernels.log_probs_constants(vocab)
+        constants = definitions.log_probs_constants(vocab)
         launch = kernel("log_probs.cu", "log_probs_part", **constants)
         numbers = (np.int32(targets), np.int32(first_token))
         arguments = (out, logits, target_start, target_token, *numbers)
@@ -431,7 +430,7 @@ def join_log_probs(parts: Array, target_start: Array, target_token: Array, out: 
     check(out, np.float32, (2, targets))
     if rows and targets:
         # VOCAB is nothing to it: one that is often compiled anyway.
-        launch = kernel("log_probs.cu", "join_log_probs", **kernels.log_probs_constants(32000))
+        launch = kernel("log_probs.cu", "join_log_probs", **definitions.log_probs_constants(32000))
         sizes = (np.int32(count), np.int32(rows), np.int32(targets))
         launch((_blocks(rows),), (256,), (out, parts, target_start, target_token, *sizes))
 
@@ -445,7 +444,7 @@ def sum_parts(own: Array, received: Array, rank: int) -> None:
     check(own, own.dtype, (count,))
     check(received, own.dtype, (ranks, count))
     if count:
-        constants = kernels.sum_parts_constants(storage(own), count, ranks)
+        constants = definitions.sum_parts_constants(storage(own), count, ranks)
         packs = count // constants["WIDTH"]
         launch = kernel("sum_parts.cu", "sum_parts", **constants)
         launch((_blocks(packs),), (256,), (own, received, np.int64(packs), np.int32(rank)))

@@ -10,8 +10,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from cupyllama import kernels
-from cupyllama.kernels import kernel
+from cupyllama.kernels import definitions, kernel
 from cupyllama.ops import cuda
 from cupyllama.ops.arrays import check, multiprocessors, storage
 from cupyllama.ops.early import launch_early
@@ -22,7 +21,7 @@ Array = cupy.ndarray
 
 # Up to so many rows gemv.cu is the fastest.  Beyond, few_rows.cu is for int8, as far as it goes;
 # elsewhere cuBLASLt is, even after a pass that makes 16 bits of int8.
-GEMV_ROWS = max(kernels.GEMV)
+GEMV_ROWS = max(definitions.GEMV)
 # From so many rows on everything is as in scoring, which has the best algorithms for that.
 MANY_ROWS = 2048
 # Whether weights are fetched while the kernel in front is still at work.
@@ -184,10 +183,10 @@ def _launch(
 
 
 def _gemv(
-    device: int, constants: kernels.Constants, sizes: tuple, arrays: tuple, numbers: tuple
+    device: int, constants: definitions.Constants, sizes: tuple, arrays: tuple, numbers: tuple
 ) -> tuple:
     """The launch of gemv.cu: function, blocks, threads, arguments and bytes of shared memory."""
-    shared = kernels.gemv_shared_bytes(constants)
+    shared = definitions.gemv_shared_bytes(constants)
     function = kernel("gemv.cu", "gemv", shared, **constants)
     blocks = min(multiprocessors(device), -(-sizes[1] // 2))
     threads = 32 * constants["K_WARPS"] * constants["GROUPS"]
@@ -195,11 +194,11 @@ def _gemv(
 
 
 def _tiles(
-    device: int, constants: kernels.Constants, sizes: tuple, arrays: tuple, numbers: tuple
+    device: int, constants: definitions.Constants, sizes: tuple, arrays: tuple, numbers: tuple
 ) -> tuple:
     """The launch of few_rows.cu, as `_gemv` has it."""
     (_, n, k, _), tokens, rows = sizes, constants["TOKENS"], constants["ROWS"]
-    shared = kernels.few_rows_shared_bytes(constants)
+    shared = definitions.few_rows_shared_bytes(constants)
     stage = constants["K_WARPS"] * constants["CHUNKS"] * 64
     items = -(-n // rows) * -(-k // stage)
     blocks = min(_places(device, shared, constants["BLOCKS"]), items)
@@ -220,14 +219,14 @@ def _starts_early(device: int) -> bool:
 @cache
 def _tile(
     device: int, storage: str, rows: int, epilogue: str = "PLAIN", wide: bool = False
-) -> kernels.Constants | None:
+) -> definitions.Constants | None:
     """Constants of few_rows.cu, or None: it takes fewer rows."""
-    return kernels.few_rows_constants(storage, rows, epilogue, wide, _shared_bytes(device))
+    return definitions.few_rows_constants(storage, rows, epilogue, wide, _shared_bytes(device))
 
 
 @cache
-def _gemv_constants(device: int, *shape: Any) -> kernels.Constants:
-    return kernels.gemv_constants(*shape, _shared_bytes(device))
+def _gemv_constants(device: int, *shape: Any) -> definitions.Constants:
+    return definitions.gemv_constants(*shape, _shared_bytes(device))
 
 
 def _shared_bytes(device: int) -> int:

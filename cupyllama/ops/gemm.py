@@ -3,8 +3,7 @@
 import cupy
 import numpy as np
 
-from cupyllama import kernels
-from cupyllama.kernels import kernel
+from cupyllama.kernels import definitions, kernel
 from cupyllama.ops import cublaslt
 from cupyllama.ops.arrays import check, storage
 from cupyllama.quantized import Quantized
@@ -82,7 +81,7 @@ def add_bias(rows: Array, bias: Array, relu: bool) -> None:
     check(rows, rows.dtype, (m, n))
     check(bias, bias.dtype, (n,))
     assert rows.dtype in (bias.dtype, np.float32), f"{rows.dtype} {bias.dtype}"
-    constants = kernels.add_constants(storage(bias), n, wide_rows=rows.dtype != bias.dtype)
+    constants = definitions.add_constants(storage(bias), n, wide_rows=rows.dtype != bias.dtype)
     launch = kernel("add.cu", "add_bias_relu" if relu else "add_bias", **constants)
-    packs = n // kernels.pack_width(n, rows.itemsize)
+    packs = n // definitions.pack_width(n, rows.itemsize)
     launch((m, -(-packs // 256)), (256,), (rows, bias))

@@ -7,8 +7,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from cupyllama import kernels
-from cupyllama.kernels import kernel
+from cupyllama.kernels import definitions, kernel
 from cupyllama.ops.arrays import check, multiprocessors, storage
 from cupyllama.quantized import Quantized
 
@@ -20,7 +19,7 @@ HEAD_DIMS = (64, 128)
 _DTYPES = ("float16", "bfloat16")
 _THREADS = 384
 
-_PITCH = kernels.PITCH
+_PITCH = definitions.PITCH
 
 # CUtensorMapDataType, CUtensorMapSwizzle and CUtensorMapL2promotion
 _UINT8 = 0
@@ -120,7 +119,7 @@ def _launch(
     assert n % 64 == 0 and row_bytes % _PITCH == 0 and row_bytes, f"{n=} {row_bytes=}"
     if not out.size:
         return
-    constants = kernels.gemm_sm90_constants(storage(out), epilogue, eight_bit, head_dim)
+    constants = definitions.gemm_sm90_constants(storage(out), epilogue, eight_bit, head_dim)
     tile_m, tile_n, cluster = (constants[name] for name in ("TILE_M", "TILE_N", "CLUSTER"))
     width = tile_n // 2 if epilogue == "SWIGLU" else tile_n
     tiles = -(-m // (cluster * tile_m)) * -(-n // width)  # of a whole cluster
@@ -134,7 +133,7 @@ def _launch(
         np.int32(n),
         np.int32(row_bytes // _PITCH),
     )
-    shared = kernels.gemm_sm90_shared_bytes(constants)
+    shared = definitions.gemm_sm90_shared_bytes(constants)
     launch = kernel("gemm_sm90.cu", "gemm_sm90", shared, **constants)
     grid = min(multiprocessors(_device()) // cluster, tiles) * cluster
     launch((grid,), (_THREADS,), arguments, shared_mem=shared)

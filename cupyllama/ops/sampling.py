@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import cupy
 import numpy as np
 
-from cupyllama import kernels
 from cupyllama.generation.settings import SamplingSettings
-from cupyllama.kernels import kernel
+from cupyllama.kernels import definitions, kernel
 from cupyllama.ops import sampling_reference
 from cupyllama.ops.arrays import check
 
@@ -21,7 +20,7 @@ class SamplingState(sampling_reference.SamplingState):
 
     def __init__(self, rows: int, vocab_size: int):
         super().__init__(rows, vocab_size, cupy)
-        self._constants = kernels.sampling_constants(vocab_size)
+        self._constants = definitions.sampling_constants(vocab_size)
 
     def put(self, row: int, settings: SamplingSettings, seen_ids: Sequence[int]) -> None:
         """Begin a sequence; see `sampling_reference`."""
@@ -57,7 +56,7 @@ def sample(logits: Array, rows: Array, state: SamplingState, tokens: Array) -> N
     check(tokens, np.int32, (capacity,))
     check(state.seen, np.uint32, (capacity, -(-vocab // 32)))
     if count:
-        constants = kernels.sampling_constants(vocab)
+        constants = definitions.sampling_constants(vocab)
         launch = kernel("sampling.cu", "sample", **constants)
         settings = (state.temperature, state.top_k, state.top_p, state.repetition_penalty)
         arguments = (tokens, state.seen, state.drawn, logits, rows, *settings, state.seed)
@@ -79,7 +78,7 @@ def top_log_probs(logits: Array, count: int) -> tuple[Array, Array]:
     assert 1 <= count <= min(vocab, MOST_LOG_PROBS), f"{count=} {vocab=}"
     values, ids = cupy.empty((rows, count), np.float32), cupy.empty((rows, count), np.int32)
     if rows:
-        constants = kernels.sampling_constants(vocab)
+        constants = definitions.sampling_constants(vocab)
         launch = kernel("sampling.cu", "top_log_probs", **constants)
         launch((rows,), (constants["THREADS"],), (values, ids, logits, np.int32(count)))
     return values, ids

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupyllama.generation.settings import SamplingSettings
-from cupyllama.kernels import sampling_constants
+from cupyllama.kernels.definitions import sampling_constants
 
 Array = Any
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from device_arrays import BF16, assert_close, assert_same_bits, cuda, every_dtype, host, normal
 
-from cupyllama import kernels
+from cupyllama.kernels import definitions
 
 cupy = pytest.importorskip("cupy")
 attention_decode = pytest.importorskip("cupyllama.ops.attention_decode")
@@ -169,7 +169,7 @@ def test_decode_is_captured_and_replayed_at_other_positions(rng):
 def test_shared_memory_and_warps_fit():
     for head_dim in range(2, 257, 2):
         for queries in range(1, 17):
-            constants = kernels.attention_decode_constants("FP32", head_dim, 4 * queries, 4, 16)
-            assert kernels.attention_decode_shared_bytes(constants) <= 48 * 1024
+            constants = definitions.attention_decode_constants("FP32", head_dim, 4 * queries, 4, 16)
+            assert definitions.attention_decode_shared_bytes(constants) <= 48 * 1024
             assert constants["SPAN"] % constants["WARPS"] == 0
             assert queries % constants["HEADS"] == 0

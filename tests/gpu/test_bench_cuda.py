@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from cupyllama.bench import gemm, measure, shapes
 from cupyllama.cli import cli
-from cupyllama.kernels import FP8_ARCH
+from cupyllama.kernels.definitions import FP8_ARCH
 from cupyllama.quantized import Quantized
 
 cupy = pytest.importorskip("cupy")

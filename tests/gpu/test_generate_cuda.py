@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from cupyllama.bench import measure, shapes
 from cupyllama.cli import cli
-from cupyllama.kernels import FP8_ARCH
+from cupyllama.kernels.definitions import FP8_ARCH
 
 cupy = pytest.importorskip("cupy")
 
