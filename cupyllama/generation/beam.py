@@ -41,6 +41,7 @@ def beam_search(
 
     Raises:
         DeviceError: the beams do not fit the cache, or the device ran out of memory.
+        ModelError: log-probabilities are no numbers.
     """
     assert prompt and num_beams > 0 and max_new_tokens > 0
     keys = len(prompt) + num_beams * (max_new_tokens - 1)

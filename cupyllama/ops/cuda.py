@@ -132,6 +132,15 @@ def upload(batch: MicroBatch) -> DeviceBatch:
     queries = item_queries(batch)
     arrays = attention_arrays(batch, queries)
     arrays |= {field.name: getattr(batch, field.name) for field in fields(MicroBatch)}
+    parts, pinned = upload_arrays(arrays)
+    return DeviceBatch(**parts, item_queries=queries, staged=pinned)
+
+
+def upload_arrays(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Array], np.ndarray]:
+    """int32 arrays in device memory by one copy, and the pinned memory that it is from.
+
+    They lie one behind the other, so those come first that must be aligned.
+    """
     ends = np.cumsum([array.size for array in arrays.values()]).tolist()
     pinned = cupyx.empty_pinned(ends[-1], np.int32)
     np.concatenate([array.ravel() for array in arrays.values()], out=pinned)
@@ -141,7 +150,7 @@ def upload(batch: MicroBatch) -> DeviceBatch:
         name: device[end - array.size : end].reshape(array.shape)
         for (name, array), end in zip(arrays.items(), ends, strict=True)
     }
-    return DeviceBatch(**parts, item_queries=queries, staged=pinned)
+    return parts, pinned
 
 
 def gather(rows: Array, table: Array) -> Array:

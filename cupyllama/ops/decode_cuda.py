@@ -22,7 +22,6 @@ from cupyllama.ops import attention as prefill_attention
 from cupyllama.ops.attention_decode import DecodeBatch, attention_decode
 from cupyllama.ops.attention_plan import attention_arrays, item_queries, keys_in_common
 from cupyllama.ops.cuda import (  # noqa: F401
-    LOGIT_CHUNK,
     DeviceBatch,
     add,
     download,
@@ -31,11 +30,10 @@ from cupyllama.ops.cuda import (  # noqa: F401
     layernorm,
     logits,
     memory_errors,
-    release_memory,
     rmsnorm,
     sum_parts,
-    synchronize,
     to_device,
+    upload_arrays,
 )
 from cupyllama.ops.few_rows import (  # noqa: F401
     linear,
@@ -66,15 +64,7 @@ def upload(batch: CachedBatch) -> DeviceCachedBatch:
     queries = item_queries(batch)
     arrays = attention_arrays(batch, queries, keys_in_common(batch))
     arrays |= {field.name: getattr(batch, field.name) for field in fields(CachedBatch)}
-    ends = np.cumsum([array.size for array in arrays.values()]).tolist()
-    pinned = cupyx.empty_pinned(ends[-1], np.int32)
-    np.concatenate([array.ravel() for array in arrays.values()], out=pinned)
-    device = cupy.empty(ends[-1], np.int32)
-    device.set(pinned)
-    parts = {
-        name: device[end - array.size : end].reshape(array.shape)
-        for (name, array), end in zip(arrays.items(), ends, strict=True)
-    }
+    parts, pinned = upload_arrays(arrays)
     return DeviceCachedBatch(**parts, item_queries=queries, staged=pinned)
 
 

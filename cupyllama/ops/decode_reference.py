@@ -8,7 +8,6 @@ from cupyllama.families import Stage
 from cupyllama.generation.batch import CachedBatch, Segment, cached_batch
 from cupyllama.generation.settings import SamplingSettings
 from cupyllama.ops.reference import (  # noqa: F401
-    LOGIT_CHUNK,
     add,
     attention,
     download,
@@ -24,7 +23,6 @@ from cupyllama.ops.reference import (  # noqa: F401
     rmsnorm,
     sum_parts,
     to_device,
-    upload,
 )
 from cupyllama.ops.sampling_reference import SamplingState, sample, top_log_probs  # noqa: F401
 from cupyllama.parallel.links import Links
