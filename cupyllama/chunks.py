@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,25 @@ def field_chunks(
         first = last
 
 
-def field_files(checkpoint: Checkpoint, field: Field) -> list[Path]:
-    """Those in which parts of the field lie as they are wanted, or may."""
-    found = (_lying(checkpoint, name) for name in field.parts if name in checkpoint.tensors)
-    return [stored.path for stored in found if stored is not None]
+def field_extents(
+    checkpoint: Checkpoint, field: Field, dtype: np.dtype
+) -> Iterator[tuple[Path, int]]:
+    """The parts of a field that make up extents: each one's file and bytes.
+
+    Args:
+        dtype: of the field's array, which is stored, and not made of what is.
+    """
+    for name, shape in zip(field.parts, field.shapes, strict=True):
+        stored = _lying(checkpoint, name)
+        if _is_extent(stored, field, dtype):
+            yield stored.path, prod(shape) * dtype.itemsize
+
+
+def _is_extent(stored: StoredTensor | StoredColumns | None, field: Field, dtype: np.dtype) -> bool:
+    """Whether nothing is to be done to what is stored but to copy it."""
+    if not isinstance(stored, StoredTensor):
+        return False
+    return field.dtype in QUANTIZED or numpy_dtype(stored) == dtype
 
 
 def _lying(checkpoint: Checkpoint, name: str) -> StoredTensor | StoredColumns | None:

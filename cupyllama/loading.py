@@ -20,7 +20,7 @@ import numpy as np
 from cupyllama.checkpoint.eight_bit import quantize_rows
 from cupyllama.checkpoint.fields import SCALE, Field, check_names, stage_bytes, stage_fields
 from cupyllama.checkpoint.source import Checkpoint
-from cupyllama.chunks import Chunk, field_chunks, field_files, open_files
+from cupyllama.chunks import Chunk, field_chunks, field_extents, open_files
 from cupyllama.config import ModelConfig
 from cupyllama.crew import Worker, for_each
 from cupyllama.errors import ModelError
@@ -126,11 +126,16 @@ def load_stage(
         if on_host:
             workers = nullcontext(lambda: nullcontext(_put_on_host))
         else:
-            if left >= bytes_for_processes and not made_here and hasattr(os, "memfd_create"):
-                paths = {path for _, field in fields for path in field_files(checkpoint, field)}
-                files = [descriptor(path) for path in sorted(paths)]
-                nbytes = min(piece_bytes, left)
-                with open_readers(threads, buffers, nbytes, files) as readers:
+            stored = [field for _, field in fields if not (made_here and field.dtype)]
+            extents = [
+                extent
+                for field in stored
+                for extent in field_extents(checkpoint, field, field.array_dtype(dtype))
+            ]
+            lying = sum(nbytes for _, nbytes in extents)
+            if extents and lying >= bytes_for_processes and hasattr(os, "memfd_create"):
+                files = [descriptor(path) for path in sorted({path for path, _ in extents})]
+                with open_readers(threads, buffers, min(piece_bytes, lying), files) as readers:
                     todo = _copy_files(todo, readers, on_copied)
             workers = _device_writers(fields, threads, buffers, piece_bytes, made_here)
         with workers as worker:

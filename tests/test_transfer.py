@@ -213,6 +213,37 @@ def test_nothing_can_be_asked_of_a_process_that_has_ended():
             readers.ask(1, 0, 0, 10)
 
 
+@pytest.mark.parametrize(
+    ("saved", "quantize", "bytes_for_processes", "starts"),
+    [
+        ("float16", None, 0, True),
+        ("float16", None, 1 << 30, False),
+        ("bfloat16", None, 0, False),  # every number is converted
+        ("bfloat16", "int8", 0, False),
+        ("float16", "int8", 0, True),  # embedding and norms
+        ("float16", "int8", 200_000, False),  # of which the matrices are most
+    ],
+)
+def test_processes_for_what_is_only_copied(
+    saved, quantize, bytes_for_processes, starts, driver, tmp_path, monkeypatch
+):
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: started.append(start(*a, **k)) or started[-1]
+    )
+    directory = write_tiny_model("gqa", tmp_path, dtype=saved)
+    config, checkpoint = load_config(directory), SafetensorsCheckpoint(directory)
+    half = np.dtype(np.float16)
+    assert stage_bytes(config, range(2), half, quantize) > 200_000
+    load_stage(
+        *(checkpoint, config, range(2), half, OPS),
+        threads=3,
+        bytes_for_processes=bytes_for_processes,
+        quantize=quantize,
+    )
+    assert len(started) == (3 if starts else 0)
+
+
 def test_loading_that_is_broken_off_leaves_no_process(driver, tmp_path, monkeypatch):
     started, start = [], subprocess.Popen
     monkeypatch.setattr(
