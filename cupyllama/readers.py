@@ -1,7 +1,6 @@
 """Processes that read files into memory which they share with this one.
 
-Threads would hand Python on to one another for every piece, and to the thread that tokenises: at
-the speed of a GPU's bus that takes longer than reading.
+Threads would hand Python on to one another for every piece, and to the thread that tokenises.
 """
 
 import mmap
