@@ -47,21 +47,28 @@ from cupyllama.provenance import versions
 from cupyllama.quantized import Quantized
 
 PINNED_BYTES = 256 << 20
+CLEARING_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Setting:
     """What is asked of load_stage."""
 
+    by: str  # "aio" or "threads" of Python, that read
     threads: int
     piece_bytes: int
     buffers: int
 
     def __str__(self) -> str:
         return (
-            f"threads={self.threads:2}, piece={self.piece_bytes >> 10:5} KiB, "
+            f"{self.by:7} threads={self.threads:2}, piece={self.piece_bytes >> 10:5} KiB, "
             f"buffers={self.buffers}"
         )
+
+    def arguments(self) -> dict[str, int]:
+        """Of load_stage."""
+        sizes = {name: getattr(self, name) for name in ("threads", "piece_bytes", "buffers")}
+        return sizes | {"aio": self.by == "aio"}
 
 
 def write_checkpoint(directory: Path, config: ModelConfig, dtype: np.dtype, files: int) -> None:
@@ -164,9 +171,14 @@ def _pinning(open_writer: Callable[[], DeviceWriter]) -> Worker:
 
 
 def empty_pool() -> None:
+    """Leave the device's memory as a process finds it that begins.
+
+    The driver clears what was freed: an allocation that needs it again at once waits for that.
+    """
     gc.collect()
     cupy.get_default_memory_pool().free_all_blocks()
     cupy.cuda.Device().synchronize()
+    time.sleep(CLEARING_SECONDS)
 
 
 def verify(weights: StageWeights, checkpoint: SafetensorsCheckpoint, config: ModelConfig) -> None:
@@ -199,20 +211,34 @@ def verify(weights: StageWeights, checkpoint: SafetensorsCheckpoint, config: Mod
 @click.option("--saved", type=click.Choice(["float16", "bfloat16"]), default="float16")
 @click.option("--dtype", help="What is loaded; as saved if not given.")
 @click.option("--quantize", type=click.Choice(["fp8", "int8"]))
+@click.option("--by", default=["aio"], multiple=True, type=click.Choice(["aio", "threads"]))
 @click.option("--threads", default=[8, THREADS, 16], multiple=True)
 @click.option("--piece-kib", default=[2048, PIECE_BYTES >> 10], multiple=True)
 @click.option("--buffers", default=[BUFFERS], multiple=True, help="Of every thread.")
 @click.option("--repeats", default=2)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 def main(
-    folder, shape, layers, files, saved, dtype, quantize, threads, piece_kib, buffers, repeats, out
+    folder,
+    shape,
+    layers,
+    files,
+    saved,
+    dtype,
+    quantize,
+    by,
+    threads,
+    piece_kib,
+    buffers,
+    repeats,
+    out,
 ):
     """Write, warm, load and print one line for each setting, the best once more at the end."""
     device = choose_device("cuda")[0]
     config = replace(model_config(shape), num_hidden_layers=layers)
     target = storage_dtype(dtype or saved)
     settings = [
-        Setting(count, kib << 10, each) for count, kib, each in product(threads, piece_kib, buffers)
+        Setting(reader, count, kib << 10, each)
+        for reader, count, kib, each in product(by, threads, piece_kib, buffers)
     ]
     directory = Path(tempfile.mkdtemp(prefix="load_gpu-", dir=folder))
     try:
@@ -257,7 +283,7 @@ def measure(
         empty_pool()
         begin = time.perf_counter()
         weights = load_stage(
-            checkpoint, config, layers, dtype, cuda, **asdict(setting), quantize=quantize
+            checkpoint, config, layers, dtype, cuda, **setting.arguments(), quantize=quantize
         )
         loads[setting].append(nbytes / (time.perf_counter() - begin))
         if repeat == 0 and setting in (settings[0], settings[-1]):

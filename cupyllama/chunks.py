@@ -94,18 +94,17 @@ def field_chunks(
         first = last
 
 
-def field_extents(
-    checkpoint: Checkpoint, field: Field, dtype: np.dtype
-) -> Iterator[tuple[Path, int]]:
-    """The parts of a field that make up extents: each one's file and bytes.
+def extent_bytes(checkpoint: Checkpoint, field: Field, dtype: np.dtype) -> int:
+    """Bytes of the parts of a field that make up extents.
 
     Args:
         dtype: of the field's array, which is stored, and not made of what is.
     """
-    for name, shape in zip(field.parts, field.shapes, strict=True):
-        stored = _lying(checkpoint, name)
-        if _is_extent(stored, field, dtype):
-            yield stored.path, prod(shape) * dtype.itemsize
+    return sum(
+        prod(shape) * dtype.itemsize
+        for name, shape in zip(field.parts, field.shapes, strict=True)
+        if _is_extent(_lying(checkpoint, name), field, dtype)
+    )
 
 
 def _is_extent(stored: StoredTensor | StoredColumns | None, field: Field, dtype: np.dtype) -> bool:

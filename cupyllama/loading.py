@@ -2,16 +2,14 @@
 
 Every tensor is cut into chunks, and many read them at once, each chunk to its place: a core copies
 5 to 10 GB/s out of the page cache, and the bus of a GPU takes 50. What lies in the files as it is
-wanted on a GPU is read by processes. All else by threads: within a chunk, a thread goes from piece
-to piece by itself, for only one thread at a time may run Python.
+wanted on a GPU is read by threads of the C library. All else by Python's: within a chunk, a thread
+goes from piece to piece by itself, for only one thread at a time may run Python.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate, groupby
+from itertools import accumulate
 from math import prod
-from operator import itemgetter
 from types import ModuleType
 from typing import Any
 
@@ -20,31 +18,27 @@ import numpy as np
 from cupyllama.checkpoint.eight_bit import quantize_rows
 from cupyllama.checkpoint.fields import SCALE, Field, check_names, stage_bytes, stage_fields
 from cupyllama.checkpoint.source import Checkpoint
-from cupyllama.chunks import Chunk, field_chunks, field_extents, open_files
+from cupyllama.chunks import Chunk, extent_bytes, field_chunks, open_files
 from cupyllama.config import ModelConfig
 from cupyllama.crew import Worker, for_each
 from cupyllama.errors import ModelError
 from cupyllama.families import StageWeights, family_of
 from cupyllama.quantized import Quantized
-from cupyllama.readers import Readers, open_readers
+from cupyllama.readers import Readers, library, open_readers
 
 THREADS = 12
 # Small enough that what a thread has just read is still in a cache when the device fetches it.
 PIECE_BYTES = 4 << 20
-BUFFERS = 2  # of a piece each, for every thread or process whose pieces go to a device
-# From so many bytes on it pays to start processes.
-BYTES_FOR_PROCESSES = 1 << 30
+BUFFERS = 2  # of a piece each, for every thread whose pieces go to a device
 # Few enough that all threads are at work to the end, many enough that handing out chunks costs
 # nothing.
 PIECES_PER_CHUNK = 8
 
 _ALIGNMENT = 512  # of an array, in bytes: as CuPy gives it
-_BLOCK_BYTES = 256 << 20  # that are allocated at once, at least
 _LARGEST_ELEMENT = 4  # bytes, of all dtypes that are read or kept
 
 Array = Any  # numpy.ndarray or cupy.ndarray: whatever `ops` works on
 Arrays = dict[int | None, dict[str, Array]]  # by layer, None for the model's ends, and by name
-Fields = list[tuple[int | None, Field]]
 
 
 def load_stage(
@@ -58,19 +52,19 @@ def load_stage(
     piece_bytes: int = PIECE_BYTES,
     buffers: int = BUFFERS,
     quantize: str | None = None,
-    bytes_for_processes: int = BYTES_FOR_PROCESSES,
+    aio: bool = True,
 ) -> StageWeights:
     """Read the tensors of `layers` and no others, fused, to where `ops` wants them.
 
     Args:
         dtype: what the weights are stored as; conversion happens on the way.
         on_bytes: called in this thread with the bytes of the stage's arrays that are newly there.
-        threads: or processes, that read.
+        threads: that read.
         piece_bytes: how much one of them reads at a time.
-        buffers: of a piece each, from which those of one are copied to a device.
+        buffers: of a piece each for every thread, from which it is copied to a device.
         quantize: "fp8" or "int8" for the layers' matrices as `Quantized`: as they are stored, or
             made from what is stored, whatever `dtype` is, a few rows at a time.
-        bytes_for_processes: that lie in the files as they are wanted on a device.
+        aio: whether the C library's threads may read what lies in files as a device wants it.
 
     Raises:
         ModelError: a tensor is missing, misshapen, unknown, unsupported or cut short.
@@ -85,11 +79,9 @@ def load_stage(
         )
     made_here = quantize is not None and checkpoint.quantization is None
     fields = list(stage_fields(config, layers, quantize))
-    arrays: Arrays = {}
-    groups = _grouped(fields, dtype)
-    block = _place(ops, groups[0], dtype, arrays)
+    arrays = _arrays(ops, fields, dtype)
     left = stage_bytes(config, layers, dtype, quantize)
-    on_host = isinstance(block, np.ndarray)
+    on_host = isinstance(next(iter(arrays[layers.start].values())), np.ndarray)
 
     def pieces() -> int:
         # One at the end, so that all threads end together. On the host one always: what quantizing
@@ -99,19 +91,15 @@ def load_stage(
 
     def chunks() -> Iterator[Chunk]:
         nonlocal left
-        for number, group in enumerate(groups):
-            if number:
-                _place(ops, group, dtype, arrays)
-            for layer, field in group:
-                target = arrays[layer][field.name]
-                if made_here and field.name.endswith(SCALE):
-                    continue
-                if made_here and field.name + SCALE in arrays[layer]:
-                    target = Quantized(target, arrays[layer][field.name + SCALE])
-                cut = (piece_bytes, pieces, descriptor)
-                for chunk in field_chunks(checkpoint, field, target, *cut):
-                    left -= chunk.nbytes
-                    yield chunk
+        for layer, field in fields:
+            target = arrays[layer][field.name]
+            if made_here and field.name.endswith(SCALE):
+                continue
+            if made_here and field.name + SCALE in arrays[layer]:
+                target = Quantized(target, arrays[layer][field.name + SCALE])
+            for chunk in field_chunks(checkpoint, field, target, piece_bytes, pieces, descriptor):
+                left -= chunk.nbytes
+                yield chunk
 
     def on_done(chunk: Chunk) -> None:
         checkpoint.count_bytes(chunk.file_bytes)
@@ -127,15 +115,12 @@ def load_stage(
             workers = nullcontext(lambda: nullcontext(_put_on_host))
         else:
             stored = [field for _, field in fields if not (made_here and field.dtype)]
-            extents = [
-                extent
-                for field in stored
-                for extent in field_extents(checkpoint, field, field.array_dtype(dtype))
-            ]
-            lying = sum(nbytes for _, nbytes in extents)
-            if extents and lying >= bytes_for_processes and hasattr(os, "memfd_create"):
-                files = [descriptor(path) for path in sorted({path for path, _ in extents})]
-                with open_readers(threads, buffers, min(piece_bytes, lying), files) as readers:
+            lying = sum(
+                extent_bytes(checkpoint, field, field.array_dtype(dtype)) for field in stored
+            )
+            if aio and lying and library() is not None:
+                count = min(threads * buffers, -(-lying // piece_bytes))
+                with open_readers(threads, count, min(piece_bytes, lying)) as readers:
                     todo = _copy_files(todo, readers, on_copied)
             workers = _device_writers(fields, threads, buffers, piece_bytes, made_here)
         with workers as worker:
@@ -151,32 +136,19 @@ def load_stage(
     )
 
 
-def _grouped(fields: Fields, dtype: np.dtype) -> list[Fields]:
-    """Whole layers, in order, as many as make up a block."""
-    groups: list[Fields] = [[]]
-    size = 0
-    for of_layer in (list(group) for _, group in groupby(fields, key=itemgetter(0))):
-        if size >= _BLOCK_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1] += of_layer
-        size += sum(field.nbytes(dtype) for _, field in of_layer)
-    return groups
+def _arrays(ops: ModuleType, fields: list[tuple[int | None, Field]], dtype: np.dtype) -> Arrays:
+    """An array for each field, all of them views of one allocation.
 
-
-def _place(ops: ModuleType, fields: Fields, dtype: np.dtype, arrays: Arrays) -> Array:
-    """Add an array for each field to `arrays`: views of one block, which is returned.
-
-    For each array, the driver would be busy while copies want it; and with all of them at once,
-    for 3 ms a GB in which nothing is copied.
+    Calls of the driver for each array would go on while copies want the driver.
     """
     sizes = [field.nbytes(dtype) for _, field in fields]
     places = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
     block = ops.empty((places[-1],), np.dtype(np.uint8))
+    arrays: Arrays = {}
     for (layer, field), place, size in zip(fields, places[:-1], sizes, strict=True):
         array = block[place : place + size].view(field.array_dtype(dtype)).reshape(field.shape)
         arrays.setdefault(layer, {})[field.name] = array
-    return block
+    return arrays
 
 
 def _paired(arrays: dict[str, Array]) -> dict[str, Array | Quantized]:
@@ -219,7 +191,7 @@ def _copy_files(
 
 
 def _device_writers(
-    fields: Fields,
+    fields: list[tuple[int | None, Field]],
     threads: int,
     buffers: int,
     piece_bytes: int,

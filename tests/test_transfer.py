@@ -2,10 +2,10 @@
 
 import builtins
 import ctypes
+import errno
 import os
-import signal
-import subprocess
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,14 +14,13 @@ from test_loading import DTYPES, Derived, check_load
 from test_quantization import assert_same, every_kind, truth, write_strange_model
 from tiny_models import write_tiny_model
 
-from cupyllama import loading
+from cupyllama import loading, pages, readers
 from cupyllama.checkpoint.fields import stage_bytes, stage_fields
 from cupyllama.checkpoint.safetensors import SafetensorsCheckpoint
 from cupyllama.config import load_config
 from cupyllama.errors import ModelError
 from cupyllama.loading import PIECES_PER_CHUNK, load_stage
 from cupyllama.ops import reference
-from cupyllama.readers import open_readers
 
 cupy = pytest.importorskip("cupy")
 from cupyllama.ops import transfer  # noqa: E402
@@ -134,12 +133,10 @@ def quantize(x, out):
 OPS = SimpleNamespace(empty=empty)
 
 
-by_threads_and_processes = pytest.mark.parametrize(
-    "by", [{}, {"bytes_for_processes": 0}], ids=["threads", "processes"]
-)
+by_either = pytest.mark.parametrize("by", [{"aio": False}, {}], ids=["threads", "aio"])
 
 
-@by_threads_and_processes
+@by_either
 @pytest.mark.parametrize("kind", [SafetensorsCheckpoint, Derived])
 @pytest.mark.parametrize("saved", DTYPES)
 @pytest.mark.parametrize("wanted", DTYPES)
@@ -148,7 +145,7 @@ def test_every_pair_of_dtypes(saved, wanted, kind, by, driver, tmp_path):
     check_load(directory, OPS, DTYPES[wanted], kind, threads=3, piece_bytes=4099, **by)
 
 
-@by_threads_and_processes
+@by_either
 @pytest.mark.parametrize("buffers", [1, 2, 3])
 @pytest.mark.parametrize(("threads", "piece_bytes"), [(1, 5001), (12, 1002), (4, 1 << 20)])
 @pytest.mark.parametrize("haste", [False, True])
@@ -159,18 +156,10 @@ def test_any_cut(haste, buffers, threads, piece_bytes, by, driver, tmp_path, mon
     check_load(directory, OPS, np.float16, **cut, **by)
 
 
-@by_threads_and_processes
-@pytest.mark.parametrize("name", ["gqa", "tied", "opt_350m"])
-def test_a_block_for_every_layer(name, by, driver, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "_BLOCK_BYTES", 1)
-    directory = write_tiny_model(name, tmp_path, dtype="float16")
-    check_load(directory, OPS, np.float16, threads=3, piece_bytes=5001, **by)
-
-
-def load_by_processes(directory, checkpoint=None, **options):
+def load_as_it_lies(directory, checkpoint=None, **options):
     config, checkpoint = load_config(directory), checkpoint or SafetensorsCheckpoint(directory)
     stage = (config, range(2), np.dtype(np.float16), OPS)
-    load_stage(checkpoint, *stage, bytes_for_processes=0, threads=3, **options)
+    return load_stage(checkpoint, *stage, threads=3, **options)
 
 
 def test_a_file_that_ends_early_is_named(driver, tmp_path):
@@ -179,7 +168,7 @@ def test_a_file_that_ends_early_is_named(driver, tmp_path):
     path = directory / "model.safetensors"
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(ModelError, match="model.safetensors: ends inside"):
-        load_by_processes(directory, checkpoint, piece_bytes=1000)
+        load_as_it_lies(directory, checkpoint, piece_bytes=1000)
 
 
 def test_a_file_that_cannot_be_read_is_named(driver, tmp_path, monkeypatch):
@@ -187,76 +176,118 @@ def test_a_file_that_cannot_be_read_is_named(driver, tmp_path, monkeypatch):
     opened = os.open
     monkeypatch.setattr(os, "open", lambda path, flags: opened(path, os.O_WRONLY))
     with pytest.raises(ModelError, match="model.safetensors: Bad file descriptor"):
-        load_by_processes(directory)
+        load_as_it_lies(directory)
 
 
-def test_a_reading_process_that_is_killed_is_told(driver, tmp_path, monkeypatch):
-    started, start = [], subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *a, **k: started.append(start(*a, **k)) or started[-1]
-    )
+class Library:
+    """The C library, but for what is given."""
 
-    def on_bytes(count):
-        started[1].kill()
+    def __init__(self, real, **functions):
+        self.real = real
+        vars(self).update(functions)
 
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+def test_what_was_not_read_at_once_is_asked_for_again(driver, tmp_path, monkeypatch):
+    """Of every request for more than 700 bytes the library reads 700."""
+    real, asked = readers.library(), []
+
+    def read(pointer):
+        request = readers._Request.from_address(pointer.value)
+        asked.append(request.nbytes)
+        request.nbytes = min(request.nbytes, 700)
+        return real.aio_read(pointer)
+
+    monkeypatch.setattr(readers, "library", partial(Library, real, aio_read=read))
     directory = write_tiny_model("gqa", tmp_path, dtype="float16")
-    with pytest.raises(ModelError, match="a process that reads the checkpoint has ended"):
-        load_by_processes(directory, piece_bytes=1000, on_bytes=on_bytes)
-    assert [process.poll() for process in started] == [-signal.SIGKILL] * 3
+    check_load(directory, OPS, np.float16, threads=3, piece_bytes=2000)
+    assert {2000, 1300, 600} <= set(asked)
 
 
-def test_nothing_can_be_asked_of_a_process_that_has_ended():
-    with open_readers(2, 1, 4096, []) as readers:
-        readers._processes[1].kill()
-        readers._processes[1].wait()
-        with pytest.raises(ModelError, match="a process that reads the checkpoint has ended"):
-            readers.ask(1, 0, 0, 10)
+def test_a_read_that_cannot_begin_is_named(driver, tmp_path, monkeypatch):
+    """Such as for want of threads."""
+    real = readers.library()
+
+    def read(pointer):
+        ctypes.set_errno(errno.EAGAIN)
+        return -1
+
+    monkeypatch.setattr(readers, "library", partial(Library, real, aio_read=read))
+    directory = write_tiny_model("gqa", tmp_path, dtype="float16")
+    with pytest.raises(ModelError, match="model.safetensors: Resource temporarily unavailable"):
+        load_as_it_lies(directory)
+
+
+def test_files_one_after_another_in_one_buffer(tmp_path):
+    """More files than buffers: a buffer's duplicate is of the file that was asked for last."""
+    contents = {number: bytes([number]) * (50 + number) for number in range(1, 8)}
+    files = {}
+    for number, content in contents.items():
+        (tmp_path / str(number)).write_bytes(content)
+        files[number] = os.open(tmp_path / str(number), os.O_RDONLY)
+    with readers.open_readers(2, 2, 100) as opened:
+        for number, file in files.items():
+            opened.ask(number % 2, file, 3, 100)
+            answers = []
+            while not answers:
+                answers += opened.answers()
+            ((buffer, count),) = answers
+            assert (buffer, count) == (number % 2, 47 + number)
+            assert bytes(opened.memory[buffer][:count]) == contents[number][3:]
+    for file in files.values():
+        os.close(file)
 
 
 @pytest.mark.parametrize(
-    ("saved", "quantize", "bytes_for_processes", "starts"),
+    ("saved", "quantize", "aio", "reads"),
     [
-        ("float16", None, 0, True),
-        ("float16", None, 1 << 30, False),
-        ("bfloat16", None, 0, False),  # every number is converted
-        ("bfloat16", "int8", 0, False),
-        ("float16", "int8", 0, True),  # embedding and norms
-        ("float16", "int8", 200_000, False),  # of which the matrices are most
+        ("float16", None, True, "all"),
+        ("float16", None, False, "nothing"),
+        ("bfloat16", None, True, "nothing"),  # every number is converted
+        ("bfloat16", "int8", True, "nothing"),
+        ("float16", "int8", True, "some"),  # embedding and norms
     ],
 )
-def test_processes_for_what_is_only_copied(
-    saved, quantize, bytes_for_processes, starts, driver, tmp_path, monkeypatch
+def test_the_library_reads_what_is_only_copied(
+    saved, quantize, aio, reads, driver, tmp_path, monkeypatch
 ):
-    started, start = [], subprocess.Popen
+    asked, ask = [], readers.Readers.ask
     monkeypatch.setattr(
-        subprocess, "Popen", lambda *a, **k: started.append(start(*a, **k)) or started[-1]
+        readers.Readers, "ask", lambda *request: (asked.append(request[-1]), ask(*request))
     )
     directory = write_tiny_model("gqa", tmp_path, dtype=saved)
-    config, checkpoint = load_config(directory), SafetensorsCheckpoint(directory)
-    half = np.dtype(np.float16)
-    assert stage_bytes(config, range(2), half, quantize) > 200_000
-    load_stage(
-        *(checkpoint, config, range(2), half, OPS),
-        threads=3,
-        bytes_for_processes=bytes_for_processes,
-        quantize=quantize,
-    )
-    assert len(started) == (3 if starts else 0)
+    load_as_it_lies(directory, aio=aio, quantize=quantize)
+    stage = stage_bytes(load_config(directory), range(2), np.dtype(np.float16))
+    assert {"nothing": sum(asked) == 0, "some": 0 < sum(asked) < stage, "all": sum(asked) == stage}[
+        reads
+    ]
 
 
-def test_loading_that_is_broken_off_leaves_no_process(driver, tmp_path, monkeypatch):
-    started, start = [], subprocess.Popen
+def test_without_the_library_threads_read_all(driver, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "library", lambda: None)
+    monkeypatch.setattr(loading, "open_readers", None)
+    directory = write_tiny_model("gqa", tmp_path, dtype="float16")
+    check_load(directory, OPS, np.float16, threads=3)
+
+
+def test_loading_that_is_broken_off_leaves_nothing_open(driver, tmp_path, monkeypatch):
+    made, make = [], readers.Readers.__init__
     monkeypatch.setattr(
-        subprocess, "Popen", lambda *a, **k: started.append(start(*a, **k)) or started[-1]
+        readers.Readers, "__init__", lambda self, *sizes: (made.append(self), make(self, *sizes))[1]
     )
 
     def on_bytes(count):
         raise KeyboardInterrupt
 
     directory = write_tiny_model("gqa", tmp_path, dtype="float16")
+    before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(KeyboardInterrupt):
-        load_by_processes(directory, piece_bytes=1000, on_bytes=on_bytes)
-    assert len(started) == 3 and None not in [process.poll() for process in started]
+        load_as_it_lies(directory, piece_bytes=1000, on_bytes=on_bytes)
+    (opened,) = made
+    assert opened._duplicates and not opened._asked
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 3])
@@ -316,6 +347,7 @@ def test_chunks_are_coarse_but_for_the_end(quantize, driver, tmp_path, monkeypat
         *(SafetensorsCheckpoint(directory), config, range(2), half, OPS),
         threads=1,  # so that chunks are begun in their order
         piece_bytes=2000,
+        aio=False,
         quantize=quantize,
     )
     pieces = [-(-int(np.prod(chunk.target.shape)) // chunk.step) for chunk in chunks]
@@ -340,4 +372,4 @@ def test_memory_is_registered_once(driver, tmp_path, monkeypatch):
     directory = write_tiny_model("gqa", tmp_path)
     config, checkpoint = load_config(directory), SafetensorsCheckpoint(directory)
     load_stage(checkpoint, config, range(2), np.dtype(np.float16), OPS, threads=7, buffers=2)
-    assert len(calls) == 1 and calls[0][0] % transfer._HUGE_PAGE == 0
+    assert len(calls) == 1 and calls[0][0] % pages.HUGE_PAGE == 0

@@ -3,12 +3,10 @@
 By `copy_extents` what lies in files as it is wanted, by `device_writers` what does not.
 """
 
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
 from math import prod
@@ -19,15 +17,16 @@ import numpy as np
 from cupy.cuda import runtime
 
 from cupyllama.ops.cuda import quantize
+from cupyllama.pages import huge_pages, whole_pages
 from cupyllama.quantized import Quantized
 
 if TYPE_CHECKING:
     from cupyllama.chunks import Chunk, Extent, Fill
     from cupyllama.readers import Readers
 
+    Piece = tuple[Extent, int, int, int]  # where in the extent, the address it goes to, bytes
+
 Array = cupy.ndarray
-_PAGE = 4096
-_HUGE_PAGE = 2 << 20
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
@@ -39,8 +38,8 @@ class PinnedMemory:
     """
 
     def __init__(self, threads: int, buffers: int, nbytes: int):
-        room = _whole_pages(nbytes)
-        self.bytes = _huge_pages(threads * buffers * room)
+        room = whole_pages(nbytes)
+        self.bytes = huge_pages(threads * buffers * room)
         self.parts = list(self.bytes.reshape(threads, buffers, room))  # of a thread each
         self.registered = False
         self._lock = threading.Lock()
@@ -163,7 +162,7 @@ def device_writers(
         staging_bytes: device memory of each thread for rows that are to be quantized.
     """
     memory = PinnedMemory(threads, buffers, nbytes)
-    room = _whole_pages(staging_bytes)  # so that each thread's is aligned
+    room = whole_pages(staging_bytes)  # so that each thread's is aligned
     staging = list(cupy.empty((threads, room), np.uint8)) if room else []
     # CuPy's pool hands memory out again while kernels of the current stream still use it, and the
     # writers' streams wait for nobody.
@@ -190,14 +189,18 @@ def copy_extents(
     """
     buffers = [PinnedBuffer(row) for row in readers.memory]
     pieces = _pieces(chunks, readers.memory.shape[1])
-    asked: dict[int, tuple[Extent, int, int]] = {}  # by buffer: what of, to which address, bytes
+    asked: dict[int, Piece] = {}  # by buffer
     copying: deque[tuple[int, int]] = deque()  # buffer, bytes
     registered = False
 
     def ask(buffer: int) -> None:
         if (piece := next(pieces, None)) is not None:
-            extent, _, nbytes = asked[buffer] = piece
-            readers.ask(buffer, extent.file, extent.offset, nbytes)
+            asked[buffer] = piece
+            extent, begin, _, nbytes = piece
+            try:
+                readers.ask(buffer, extent.file, extent.offset + begin, nbytes)
+            except OSError as error:
+                extent.check(nbytes, -error.errno)
 
     cupy.cuda.get_current_stream().synchronize()  # as in `device_writers`
     try:
@@ -214,16 +217,22 @@ def copy_extents(
                 runtime.hostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE)
                 registered = True
             for buffer, found in filled:
-                extent, address, nbytes = asked.pop(buffer)
+                extent, _, address, nbytes = asked.pop(buffer)
                 extent.check(nbytes, found)
                 buffers[buffer].copy_to(address, nbytes)
                 copying.append((buffer, nbytes))
             filled.clear()
-            while copying and (not asked or buffers[copying[0][0]].stream.done):
-                buffer, nbytes = copying.popleft()
-                buffers[buffer].stream.synchronize()
-                on_copied(nbytes)
+            copied = 0
+            while copying:
+                buffer, nbytes = copying[0]
+                if not asked:
+                    buffers[buffer].stream.synchronize()
+                elif not buffers[buffer].stream.done:
+                    break
+                copying.popleft()
+                copied += nbytes
                 ask(buffer)
+            on_copied(copied)
     finally:
         for buffer in buffers:
             buffer.stream.synchronize()
@@ -231,27 +240,12 @@ def copy_extents(
             runtime.hostUnregister(readers.memory.ctypes.data)
 
 
-def _pieces(chunks: Iterable["Chunk"], nbytes: int) -> Iterator[tuple["Extent", int, int]]:
-    """Extents of up to `nbytes`, the addresses they are copied to, and their lengths."""
+def _pieces(chunks: Iterable["Chunk"], nbytes: int) -> Iterator["Piece"]:
+    """Chunks cut to `nbytes`."""
     for chunk in chunks:
-        extent, address = chunk.extent, chunk.target.data.ptr
-        for begin in range(0, chunk.nbytes, nbytes):
-            piece = replace(extent, offset=extent.offset + begin)
-            yield piece, address + begin, min(nbytes, chunk.nbytes - begin)
-
-
-def _whole_pages(nbytes: int) -> int:
-    return -(-nbytes // _PAGE) * _PAGE
-
-
-def _huge_pages(nbytes: int) -> np.ndarray:
-    """Untouched memory as bytes, of the largest pages that the kernel has."""
-    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(memory, np.uint8)
-    skipped = -whole.ctypes.data % _HUGE_PAGE
-    return whole[skipped : skipped + nbytes]
+        address, size = chunk.target.data.ptr, chunk.nbytes
+        for begin in range(0, size, nbytes):
+            yield chunk.extent, begin, address + begin, min(nbytes, size - begin)
 
 
 def _filled(whole: np.ndarray, fill: "Fill") -> "Fill":
