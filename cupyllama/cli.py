@@ -26,6 +26,7 @@ from cupyllama.cli_options import (
     tokenizer_option,
 )
 from cupyllama.errors import CupyllamaError
+from cupyllama.printing import print_now
 
 INTERRUPTED = 130
 
@@ -141,6 +142,7 @@ def score(
       mpirun -n 4 cupyllama score --model path/to/llama-30b
       mpirun -n 4 cupyllama score --model path/to/llama-30b --tensor-parallel 4
     """
+    from cupyllama.files import is_special
     from cupyllama.score import ScoreOptions
     from cupyllama.score import score as run
     from cupyllama.tasks.files import demo_directory
@@ -154,7 +156,7 @@ def score(
     if output is not None and output.is_dir():
         output = output / "results.json"
     if log_samples and samples is None:
-        if output is None:
+        if output is None or is_special(output):
             raise click.UsageError("--log-samples writes beside --output FILE; give that too.")
         samples = output.with_name(f"{output.stem}_samples.jsonl")
     if samples is not None and samples == output:
@@ -175,7 +177,7 @@ def score(
         )
     )
     if report is not None:
-        click.echo(report.as_text())
+        print_now(report.as_text() + "\n")
 
 
 @cli.command()
@@ -236,7 +238,7 @@ def shard(**options: Any) -> None:
     from cupyllama.checkpoint.shard import ShardOptions
     from cupyllama.checkpoint.shard import shard as run
 
-    click.echo(run(ShardOptions(**options)).as_text())
+    print_now(run(ShardOptions(**options)).as_text() + "\n")
 
 
 @cli.command()
@@ -249,9 +251,9 @@ def doctor() -> None:
     from cupyllama.doctor import examine
 
     for finding in examine():
-        click.echo(f"{finding.mark} {finding.name:<10} {finding.found}")
+        print_now(f"{finding.mark} {finding.name:<10} {finding.found}\n")
         if finding.remedy:
-            click.echo(f"  {'':<10} {finding.remedy}")
+            print_now(f"  {'':<10} {finding.remedy}\n")
 
 
 cli.add_command(generate)

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from cupyllama.cli_options import CountsType, KindsType
+from cupyllama.printing import print_now
 
 _FILE = click.Path(path_type=Path)
 _TOKENS = click.IntRange(min=1)
@@ -292,12 +293,12 @@ def bench_pipeline(
     from cupyllama.bench.pipeline import predict, read_run
 
     run = read_run(results)
-    click.echo(f"measured: {run.ranks} ranks, {run.seconds:.1f} s")
-    click.echo(f"{'ranks':>6}{'hosts':>7}{'seconds':>10}{'questions/s':>13}{'bubble':>9}")
+    print_now(f"measured: {run.ranks} ranks, {run.seconds:.1f} s\n")
+    print_now(f"{'ranks':>6}{'hosts':>7}{'seconds':>10}{'questions/s':>13}{'bubble':>9}\n")
     for line in predict(run, ranks_per_host, link_gbs, network_gbs):
-        click.echo(
+        print_now(
             f"{line.ranks:>6}{line.hosts:>7}{line.seconds:>10.2f}"
-            f"{line.questions_per_second:>13,.1f}{100 * line.bubble:>8.1f}%"
+            f"{line.questions_per_second:>13,.1f}{100 * line.bubble:>8.1f}%\n"
         )
 
 
@@ -327,6 +328,6 @@ def _check_ends(shapes: tuple[str, ...], output: Path | None, plot: Path | None)
 def _finish(measured: dict[str, Any], text: str, output: Path | None) -> None:
     from cupyllama.files import write_json
 
-    click.echo(text)
+    print_now(text + "\n")
     if output is not None:
         write_json(output, measured)

@@ -30,7 +30,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     "--prompts",
     type=FILE,
     help='A prompt a line, or in a .jsonl file {"prompt": …} a line. Without it and --prompt, '
-    "lines of stdin.",
+    "lines of stdin, whose end Open MPI 5's mpirun does not pass on.",
 )
 @click.option(
     "--max-new-tokens",

@@ -27,6 +27,17 @@ class ModelError(CupyllamaError):
     exit_code = 3
 
 
+class NotFiniteError(ModelError):
+    """The model made infinity or NaN where a number is wanted."""
+
+    def __init__(self, message: str):
+        super().__init__(
+            message,
+            "float16 may overflow: try --dtype bfloat16 or float32. If that does not help, the "
+            "weights are broken.",
+        )
+
+
 class DataError(CupyllamaError):
     """The questions are missing or malformed."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from cupyllama.errors import OutputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LINKS = 40  # that lead on, as many as Linux follows
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -33,6 +34,10 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise OutputError(f"{path}: is a directory", "Give the name of a file.")
     try:
+        number = _descriptor(path)
+        if number is not None:
+            os.write(number, b"")  # refused where it is closed, or open for reading
+            return
         if is_special(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -47,10 +52,11 @@ def check_writable(path: Path) -> None:
 def write_whole(path: Path, chunks: Iterable[str]) -> None:
     """Write a file under another name and rename it; behind a symbolic link, what it points to.
 
-    A device or a pipe is written to as it is: renaming would put a file in its place.
+    What `is_special` is written to as it is: renaming would put a file in its place.
 
     Raises:
         OutputError: it cannot be written. What was there before is still there.
+        BrokenPipeError: nobody reads stdout, or the like, any more.
     """
     try:
         if is_special(path):
@@ -59,6 +65,8 @@ def write_whole(path: Path, chunks: Iterable[str]) -> None:
         else:
             _replace(_target(path), chunks)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _descriptor(path) is not None:
+            raise
         raise _unwritable(path, error) from error
 
 
@@ -76,17 +84,43 @@ def _replace(target: Path, chunks: Iterable[str]) -> None:
 
 
 def _open(path: Path) -> Any:
+    number = _descriptor(path)
     # A name of a file need not be UTF-8; \udcXX is how JSON can say what it is.
-    return open(path, "w", encoding="utf-8", errors="backslashreplace")
+    return open(
+        path if number is None else os.dup(number),  # where that is, and nothing is cut off
+        "w",
+        encoding="utf-8",
+        errors="backslashreplace",
+    )
 
 
 def is_special(path: Path) -> bool:
-    """Whether there is something that is neither a file nor a directory, links followed."""
+    """Whether it is neither a file nor a directory, links followed, or stands for an open file.
+
+    /dev/stdout does, and /dev/fd/3: a shell may have sent them to a file, perhaps to its end, and
+    other results go there too.
+    """
+    if _descriptor(path) is not None:
+        return True
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         return False
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _descriptor(path: Path) -> int | None:
+    """Of the open file that a path such as /dev/stdout stands for."""
+    folders = {os.path.realpath(folder) for folder in ("/dev/fd", "/proc/self/fd")}
+    place = os.fspath(path)
+    for _ in range(_LINKS):
+        folder, name = os.path.split(place)
+        if name.isdecimal() and os.path.realpath(folder) in folders:
+            return int(name)
+        if not os.path.islink(place):
+            break
+        place = os.path.join(folder, os.readlink(place))
+    return None
 
 
 def _target(path: Path) -> Path:

@@ -6,12 +6,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from cupyllama.errors import CupyllamaError, DataError, UsageError
+from cupyllama.errors import CupyllamaError, DataError, NotFiniteError, UsageError
 from cupyllama.files import check_writable
 from cupyllama.generation.answers import Answer, Pace, end_token_ids, follow
 from cupyllama.generation.answers_file import AnswersFile
 from cupyllama.generation.beam import beam_search
-from cupyllama.generation.console import line_editing, on_interrupt, print_now, read_line
+from cupyllama.generation.console import line_editing, on_interrupt, read_line
 from cupyllama.generation.engine import Engine, Prompt
 from cupyllama.generation.prompts import (
     PromptText,
@@ -23,6 +23,8 @@ from cupyllama.generation.prompts import (
 from cupyllama.generation.session import Session, SessionOptions, open_session
 from cupyllama.generation.settings import SamplingSettings
 from cupyllama.generation.text import check_stop_texts
+from cupyllama.parallel.world import launched
+from cupyllama.printing import print_now
 
 # What the cache of a conversation has room for, at least, if the model sees as much: a model may
 # see 131,072 tokens, of which a person's line has few.
@@ -95,6 +97,11 @@ class Run:
         elif options.prompts is not None:
             self.prompts = read_prompts(options.prompts)
         elif self.world.size == 1 and not sys.stdin.isatty():
+            if launched():
+                self.session.say(
+                    "reading stdin to its end, which Open MPI 5 keeps to itself: with that, give "
+                    "--prompts FILE"
+                )
             self.prompts = parse_prompts(sys.stdin.buffer.read(), "stdin")
         if options.output is not None:
             if self.prompts is None:
@@ -120,7 +127,7 @@ class Run:
         alone = len(rows) == 1
         with self.world.alone():
             answers, pace = self.new_answers(len(rows)), Pace()
-            came = self.answer(engine, rows, answers, pace)
+            came = self.answer(engine, self.prompts, rows, answers, pace)
             with self.kept(came, rows, answers) as came:
                 if alone:
                     self.print_stream(came)
@@ -131,21 +138,27 @@ class Run:
     def converse(self) -> None:
         """A line, its answer, the next line, until there is none."""
         options, session, world = self.options, self.session, self.world
-        limit = min(session.config.max_length, max(LINE_TOKENS, 2 * options.max_new_tokens))
-        engine = session.engine(options.beam_width or 1, limit)
-        if world.size > 1:  # launchers may keep the end of stdin to themselves, as Open MPI 5 does
-            session.say("each line is a prompt; Ctrl-C ends the session")
+        limit = session.config.max_length
+        room = min(limit, max(LINE_TOKENS, 2 * options.max_new_tokens))
+        engine = session.engine(options.beam_width or 1, room)
+        if world.size > 1:
+            session.say(
+                "each line is a prompt; Ctrl-C ends the session, and so does the end of stdin, "
+                "which Open MPI 5 keeps to itself"
+            )
         with world.alone(), line_editing() if self.prints else nullcontext():
             for number, line in enumerate(self.lines()):
                 try:
                     prompt = check_text(PromptText(line, "this line"))
-                    rows = tokenise([prompt], session.tokenizer, options.max_new_tokens, limit)
+                    new_tokens = options.max_new_tokens
+                    rows = tokenise([prompt], session.tokenizer, new_tokens, limit, room)
                 except DataError as error:
                     self.say_error(error)
                     continue
                 answers, pace = self.new_answers(1), Pace()
                 with self.interruptible(engine):
-                    self.print_stream(self.answer(engine, rows, answers, pace, number))
+                    came = self.answer(engine, [prompt], rows, answers, pace, number)
+                    self.print_stream(came)
                 session.say(str(pace))
 
     def lines(self) -> Iterator[str]:
@@ -173,6 +186,7 @@ class Run:
     def answer(
         self,
         engine: Engine,
+        prompts: Sequence[PromptText],
         rows: Sequence[list[int]],
         answers: Sequence[Answer],
         pace: Pace,
@@ -183,28 +197,41 @@ class Run:
         Args:
             first: the number that decides the first one's draws.
         """
-        options = self.options
-        if options.beam_width is not None:
-            yield from self.search(engine, rows, answers, pace)
-            return
-        prompts = [
-            Prompt(row, options.max_new_tokens, options.sampling(number), self.eos_token_ids)
-            for number, row in enumerate(rows, first)
+        find = self.sample if self.options.beam_width is None else self.search
+        asked = [
+            Prompt(
+                row,
+                self.options.max_new_tokens,
+                self.options.sampling(number),
+                self.eos_token_ids,
+                prompt.place,
+            )
+            for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), first)
         ]
+        try:
+            yield from find(engine, asked, answers, pace)
+        except NotFiniteError as error:
+            with self.world.together():  # as all ranks find it, it is said once
+                raise error
+
+    def sample(
+        self, engine: Engine, prompts: Sequence[Prompt], answers: Sequence[Answer], pace: Pace
+    ) -> Iterator[tuple[int, str]]:
+        """Token by token, prompts side by side."""
         yield from follow(engine, engine.generate(prompts), answers, pace)
         for number, answer in enumerate(answers):
             if answer.finish_reason is None:
                 yield number, answer.interrupt()
 
     def search(
-        self, engine: Engine, rows: Sequence[list[int]], answers: Sequence[Answer], pace: Pace
+        self, engine: Engine, prompts: Sequence[Prompt], answers: Sequence[Answer], pace: Pace
     ) -> Iterator[tuple[int, str]]:
         """The likeliest text of each prompt; beams are its company, so one after the other."""
-        options = self.options
-        for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        width = self.options.beam_width
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             best, *_ = beam_search(
-                *(engine.decoder, engine.pool, row, options.beam_width),
-                *(options.max_new_tokens, self.eos_token_ids),
+                *(engine.decoder, engine.pool, prompt.token_ids, width, prompt.max_new_tokens),
+                *(prompt.eos_token_ids, prompt.name),
             )
             pace.count(len(best.token_ids))
             text = ""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupyllama.compare import OtherRun, check_questions, compare, read_samples
-from cupyllama.errors import DeviceError, ModelError, UsageError
+from cupyllama.errors import DeviceError, NotFiniteError, UsageError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
 from cupyllama.families import config_fields, family_of
 from cupyllama.files import check_writable, is_special, write_json, write_json_lines
@@ -18,6 +18,7 @@ from cupyllama.parallel import pipeline
 from cupyllama.parallel.devices import storage_dtype
 from cupyllama.parallel.world import World, open_world
 from cupyllama.plan import describe_plan
+from cupyllama.printing import print_now
 from cupyllama.progress import ProgressBar
 from cupyllama.provenance import digests, versions
 from cupyllama.questions import read_questions
@@ -312,7 +313,7 @@ class Run(Rank):
         """Refuse a log-likelihood that is not a number.
 
         Raises:
-            ModelError: naming the first question and choice that has one.
+            NotFiniteError: naming the first question and choice that has one.
         """
         questions, scores = self.questions, self.scores
         choice_start = questions.rows.choice_start
@@ -326,11 +327,9 @@ class Run(Rank):
                 self.journal.remove()
             question = int(np.searchsorted(choice_start, choice, side="right")) - 1
             place = questions.asked[question].place
-            raise ModelError(
+            raise NotFiniteError(
                 f"question {question} ({place}), choice {choice - choice_start[question]}: the "
-                f"log-likelihood is {scores.loglikelihoods[choice]}",
-                "float16 may overflow: try --dtype bfloat16 or float32. If that does not help, "
-                "the weights are broken.",
+                f"log-likelihood is {scores.loglikelihoods[choice]}"
             )
         return Answers(
             questions.asked,
@@ -363,7 +362,7 @@ class Run(Rank):
         """Print what a run would do."""
         if self.world.rank == 0:
             plan_of = (self.options, self.config, self.questions, self.split, self.grid)
-            print(describe_plan(*plan_of, self.quantize))
+            print_now(describe_plan(*plan_of, self.quantize) + "\n")
 
     def close(self) -> None:
         """End what an error may have left open."""

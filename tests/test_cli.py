@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
+from tiny_generation import write_overflowing_model
 from tiny_models import write_tiny_model
 from tiny_tokenizer import write_tokenizer
 
@@ -221,6 +222,70 @@ def test_no_gpu(folder, monkeypatch):
 def test_results_that_cannot_be_written(folder):
     fails(score(folder, "--output", folder / "no" / "r.json"), 1, "r.json", "cannot be written")
     fails(score(folder, "--samples", folder / "model"), 1, "model: is a directory")
+
+
+SCORE = ["score", "--demo", "--limit", "2", "--device", "cpu", "--quiet"]
+PRINTING = [SCORE, [*SCORE, "--dry-run"], ["doctor"]]
+
+
+def printed(arguments, shell='exec "$@"', **streams):
+    """A process with its own stdout, buffered, so that something is left when Python ends."""
+    command = ["sh", "-c", shell, "sh", sys.executable, "-m", "cupyllama", *arguments]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, env=buffered, **streams)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+def test_a_full_disk_behind_stdout(arguments):
+    answer = printed(arguments, 'exec "$@" > /dev/full')
+    assert answer.returncode == 1
+    assert answer.stderr == (
+        "cupyllama: stdout: cannot be written: No space left on device\n"
+        "  Is there space left on the disk?\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+def test_nobody_reads_stdout_any_more(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    answer = printed(arguments, stdout=writing)
+    os.close(writing)
+    assert (answer.returncode, answer.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+def test_stdout_that_is_closed(arguments):
+    answer = printed(arguments, 'exec "$@" >&-')
+    assert (answer.returncode, answer.stderr) == (0, "")
+
+
+def test_files_that_a_shell_has_open(tmp_path):
+    """--samples and --output leave in them what is there, and nothing beside them."""
+    path = tmp_path / "out"
+    path.write_text("there before\n")
+    answer = printed([*SCORE, "--samples", "/dev/stdout"], f'exec "$@" >> {path}')
+    assert (answer.returncode, answer.stderr) == (0, "")
+    before, *samples = path.read_text().splitlines()[:3]
+    assert before == "there before" and [json.loads(s)["doc_id"] for s in samples] == [0, 1]
+    assert "acc_norm" in path.read_text()  # the report, behind them
+    answer = printed([*SCORE, "--output", "/dev/stdout"], f'exec "$@" > {path}')
+    results, _ = json.JSONDecoder().raw_decode(path.read_text())
+    assert results["n-samples"]["demo"]["effective"] == 2 and "acc_norm" in path.read_text()
+    assert os.listdir(tmp_path) == ["out"]
+    assert not os.path.lexists("/dev/stdout.partial")
+    answer = printed([*SCORE, "--output", "/dev/stdout", "--log-samples"], f'exec "$@" > {path}')
+    assert answer.returncode == 2 and "--log-samples writes beside --output FILE" in answer.stderr
+
+
+def test_answers_that_are_no_numbers(folder):
+    """As float16 that overflows makes them; another dtype is the remedy, as the hint says."""
+    path = write_overflowing_model(folder / "overflowing")
+    write_tokenizer(path, json.loads((path / "config.json").read_text())["vocab_size"])
+    result = score(folder, "--dtype", "float16", model="overflowing")
+    fails(result, 3, "question 0", "choice 0: the log-likelihood is nan", "try --dtype bfloat16")
+    assert score(folder, "--dtype", "float32", model="overflowing").exit_code == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from engine import build_stage, score_rows
+from tiny_generation import write_overflowing_model
 from tiny_models import write_tiny_model
 from tiny_tokenizer import write_tokenizer
 
@@ -314,6 +315,66 @@ def test_full_disks(prompts_file, tmp_path):
         )
 
 
+def test_files_that_a_shell_has_open(prompts_file, tmp_path):
+    """An --output that stands for one of them leaves in it what is there."""
+    path, command = tmp_path / "out", [sys.executable, "-m", "cupyllama", "generate", "--demo"]
+    command += ["--device", "cpu", "--quiet", "--max-new-tokens", "3", "--prompts"]
+    text = tmp_path / "out.jsonl"
+    records = text_of_file("--prompts", prompts_file, "--max-new-tokens", 3, path=text)
+    for name, redirection in (("/dev/stdout", ">>"), ("/dev/fd/3", "3>>")):
+        path.write_text('"there before"\n')
+        given = [*command, str(prompts_file), "--output", name]
+        shell = f'exec "$@" {redirection} {path}'
+        answer = subprocess.run(["sh", "-c", shell, "sh", *given], capture_output=True, text=True)
+        assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+        assert records_of(path) == ["there before", *records]
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.jsonl", "prompts.txt"]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("more", [[], ["--output", "/dev/stdout"]])
+def test_nobody_reads_stdout_any_more(more, unbuffered, prompts_file):
+    command = [sys.executable, "-m", "cupyllama", "generate", "--demo", "--device", "cpu"]
+    command += ["--quiet", "--prompts", str(prompts_file), "--max-new-tokens", "3", *more]
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    answer = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(writing)
+    assert (answer.returncode, answer.stderr) == (1, "")
+
+
+def test_stdout_that_is_closed(prompts_file):
+    command = [sys.executable, "-m", "cupyllama", "generate", "--demo", "--device", "cpu"]
+    for given in (["--prompts", prompts_file], ["--prompt", PROMPTS[0]]):
+        line = [*command, *given, "--quiet", "--max-new-tokens", "3"]
+        shell = ["sh", "-c", 'exec "$@" >&-', "sh", *map(str, line)]
+        answer = subprocess.run(shell, stderr=subprocess.PIPE, text=True)
+        assert (answer.returncode, answer.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--top-p", 0.9], ["--beam-width", 2], ["--repetition-penalty", 1.2]]
+)
+def test_float16_that_overflows(more, prompts_file, tmp_path):
+    """Another dtype is the remedy, as the hint says."""
+    model = write_overflowing_model(tmp_path / "model")
+    write_tokenizer(model, json.loads((model / "config.json").read_text())["vocab_size"])
+    for given, name in ((["--prompt", "the man"], "--prompt"), (["--prompts", prompts_file], "1")):
+        arguments = [*given, *more, "--max-new-tokens", 5]
+        result = generate(*arguments, "--dtype", "float16", model=f"--model={model}")
+        fails(result, 3, f"{name}: the logits of new token 1 are NaN or infinite")
+        assert result.stderr.endswith(
+            "  float16 may overflow: try --dtype bfloat16 or float32. If that does not help, the "
+            "weights are broken.\n"
+        )
+        for dtype in ("bfloat16", "float32"):
+            result = generate(*arguments, "--dtype", dtype, model=f"--model={model}")
+            assert result.exit_code == 0, result.output
+
+
 # At the 60th step, when two answers are whole, and not the one before them.
 EARLY_END = """
 import os, sys
@@ -528,6 +589,21 @@ def test_a_session(tmp_path):
         assert terminal.process.wait(timeout=10) == 0
 
 
+def test_a_session_says_what_it_has_room_for(tmp_path):
+    code = SLOW.replace("cli()", "import cupyllama.generate\ncupyllama.generate.LINE_TOKENS = 64")
+    with session(tmp_path, "--max-new-tokens", "8", code=code + "\ncli()") as terminal:
+        terminal.type("the man " * 50 + "\n")
+        terminal.wait_for("give it with --prompt: the model sees 512 tokens.")
+        assert "it would pass the 64 that a session has room for" in terminal.seen
+        terminal.wait_for_sign()
+        terminal.type("the man " * 300 + "\n")
+        terminal.wait_for("Shorten the prompt.")
+        assert "it would pass the model's 512" in terminal.seen
+        terminal.wait_for_sign()
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=10) == 0
+
+
 @pytest.mark.parametrize("beams", [[], ["--beam-width", "2"]])
 def test_ctrl_c_ends_the_answer_and_not_the_session(tmp_path, beams):
     code = SLOW if not beams else SLOW.replace("step", "next_logits").replace("positions", "batch")
@@ -656,6 +732,44 @@ def test_rank_0_reads_lines_for_all():
                 pass
         process.send_signal(signal.SIGINT)  # Open MPI 5 does not hand on the end of its stdin
         assert process.wait(timeout=20)
+
+
+@needs_mpirun
+def test_one_rank_says_that_it_waits_for_the_end_of_stdin():
+    """Under Open MPI 5 it waits for ever."""
+    with subprocess.Popen(
+        mpirun_command(1),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while "reading stdin to its end" not in (line := process.stderr.readline()):
+            assert line
+        assert "--prompts FILE" in line
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20)
+
+
+BROKEN = """
+from cupyllama.ops import decode_reference
+begin = decode_reference.Decoder.__init__
+def broken(self, stage, *others):
+    if stage.is_last:
+        stage.weights.norm[0] = float("nan")
+    begin(self, stage, *others)
+decode_reference.Decoder.__init__ = broken
+"""
+
+
+@needs_mpirun
+@pytest.mark.parametrize("more", [[], ["--tensor-parallel", 2], ["--beam-width", 2]])
+def test_logits_that_are_no_numbers_are_said_once(more, prompts_file):
+    result = mpirun(2, "--prompts", prompts_file, *more, fault=BROKEN)
+    place = f"{prompts_file}, line 1"
+    assert result.said == [f"cupyllama: {place}: the logits of new token 1 are NaN or infinite"]
+    assert result.returncode == 3 and result.stdout == ""
 
 
 @needs_mpirun

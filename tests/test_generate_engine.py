@@ -13,12 +13,12 @@ from tiny_generation import generating_crc32, write_generating_model
 from tiny_models import write_tiny_model
 
 from cupyllama.config import Share, load_config
-from cupyllama.errors import DeviceError, ModelError
+from cupyllama.errors import DeviceError, ModelError, NotFiniteError
 from cupyllama.generation.batch import Segment, cached_batch
 from cupyllama.generation.beam import beam_search
 from cupyllama.generation.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 from cupyllama.generation.engine import PREFILL_TOKENS, Engine, Prompt
-from cupyllama.generation.settings import SamplingSettings
+from cupyllama.generation.settings import NO_TOKEN, SamplingSettings
 from cupyllama.ops import decode_reference, reference
 from cupyllama.parallel.group import Group
 
@@ -123,15 +123,6 @@ def test_beams_that_do_not_fit(stages):
     assert len(beam_search(engine.decoder, engine.pool, [5, 6, 7], 4, 12)) == 4  # 47 keys of 48
 
 
-def test_beams_of_a_broken_model(tmp_path):
-    stage = build_stage(write_generating_model("gqa", tmp_path), decode_reference)
-    stage.weights.norm[0] = np.nan
-    engine = make_engine(stage, 1)
-    with pytest.raises(ModelError, match="log-probability of token 3 is no number"):
-        beam_search(engine.decoder, engine.pool, [5, 6, 7], 4, 20)
-    assert engine.pool.free == engine.pool.capacity
-
-
 # --- with a cache as without ----------------------------------------------------------------------
 
 
@@ -213,6 +204,112 @@ def test_logits_of_a_shared_vocabulary(tmp_path):
 
         for found in meeting.each(work):
             np.testing.assert_array_equal(found, whole)
+
+
+# --- logits that are no numbers -------------------------------------------------------------------
+
+# What becomes of a pass's logits.
+BROKEN = {
+    "one NaN": lambda logits: logits.__setitem__((0, 200), np.nan),
+    "one infinity": lambda logits: logits.__setitem__((0, 200), np.inf),
+    "nothing else": lambda logits: logits.fill(-np.inf),
+}
+
+
+def break_from(engine, monkeypatch, number: int, breaking) -> None:
+    """From that pass on, counted from 1."""
+    passes, whole = iter(range(1, 1000)), engine.decoder.next_logits
+
+    def next_logits(batch):
+        logits = whole(batch)
+        if next(passes) >= number:
+            breaking(logits)
+        return logits
+
+    monkeypatch.setattr(engine.decoder, "next_logits", next_logits)
+
+
+def is_refused(error, name: str, number: int) -> None:
+    assert isinstance(error.value, ModelError) and error.value.exit_code == 3
+    assert str(error.value) == f"{name}: the logits of new token {number} are NaN or infinite"
+    assert "--dtype bfloat16 or float32" in error.value.hint
+
+
+@pytest.mark.parametrize("number", [1, 2, 9])
+@pytest.mark.parametrize("settings", [SamplingSettings(), DRAWN])
+@pytest.mark.parametrize("case", BROKEN)
+def test_text_of_a_broken_model(case, settings, number, stages, monkeypatch):
+    """All tokens before it have come, and none after it does."""
+    engine = make_engine(stages("gqa"), 2)
+    prompt = Prompt(RECORDED["models"]["gqa"]["prompts"][0], 30, settings, name="file, line 1")
+    expected = texts(engine, [prompt])[0]
+    break_from(engine, monkeypatch, number, BROKEN[case])
+    found = []
+    with pytest.raises(NotFiniteError) as error:
+        found.extend(event.token for event in engine.generate([prompt]))
+    is_refused(error, "file, line 1", number)
+    assert found == expected[: number - 1]
+    assert engine.pool.free == engine.pool.capacity
+
+
+@pytest.mark.parametrize("number", [1, 2, 9])
+@pytest.mark.parametrize("case", BROKEN)
+def test_beams_of_a_broken_model(case, number, stages, monkeypatch):
+    engine = make_engine(stages("gqa"), 1)
+    break_from(engine, monkeypatch, number, BROKEN[case])
+    with pytest.raises(NotFiniteError) as error:
+        beam_search(engine.decoder, engine.pool, [5, 6, 7], 4, 20, name="file, line 1")
+    is_refused(error, "file, line 1", number)
+    assert engine.pool.free == engine.pool.capacity
+
+
+def test_logits_of_minus_infinity_are_numbers(stages, monkeypatch):
+    engine, expected = make_engine(stages("gqa"), 1), RECORDED["models"]["gqa"]["greedy"][0]
+    never = [token for token in range(300) if token not in expected]
+
+    def forbid(logits):
+        logits[:, never] = -np.inf
+
+    break_from(engine, monkeypatch, 1, forbid)
+    assert texts(engine, greedy("gqa")[:1]) == [expected]
+    prompt = greedy("gqa")[0].token_ids
+    assert beam_search(engine.decoder, engine.pool, prompt, 1, 64)[0].token_ids == expected
+
+
+def test_a_token_whose_embedding_is_broken(tmp_path):
+    """It is found in mid-answer, of the prompt that has it; behind an EOS it is none's."""
+    stage = build_stage(write_generating_model("gqa", tmp_path), decode_reference)
+    prompt, text = greedy("gqa")[2], RECORDED["models"]["gqa"]["greedy"][2]
+    place = next(i for i in range(5, 60) if text.index(text[i]) == i)
+    assert text[place] not in prompt.token_ids
+    stage.weights.embed_tokens[text[place]] = np.nan
+    found = []
+    with pytest.raises(NotFiniteError) as error:
+        found.extend(event.token for event in make_engine(stage, 2).generate([prompt]))
+    is_refused(error, "the prompt", place + 2)
+    assert found == text[: place + 1]
+    ending = Prompt(prompt.token_ids, 64, eos_token_ids=frozenset([text[place]]))
+    assert texts(make_engine(stage, 2), [ending]) == [text[: place + 1]]
+
+
+def test_no_token_is_noticed_in_the_row_that_has_it():
+    """Of three prompts, by the name of its own, while a step is queued ahead."""
+    decoder = Remembering(4, 64, 32)
+    step, steps = decoder.step, iter(range(100))
+
+    def breaking(positions):
+        tokens, number = step(positions), next(steps)
+        return lambda: np.where(np.arange(3) == (1 if number == 4 else -1), NO_TOKEN, tokens())
+
+    decoder.step = breaking
+    prompts = [Prompt([1, row], 20, name=f"line {row}") for row in range(3)]
+    found = [[] for _ in prompts]
+    with pytest.raises(NotFiniteError) as error:
+        for event in Engine(decoder, BlockPool(32), 4, 64).generate(prompts):
+            found[event.number].append(event.token)
+    is_refused(error, "line 1", 6)
+    assert [len(tokens) for tokens in found] == [6, 5, 5]
+    assert decoder.not_looked_at == []
 
 
 # --- company --------------------------------------------------------------------------------------

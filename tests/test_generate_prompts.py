@@ -104,3 +104,18 @@ def test_a_prompt_must_leave_room(tmp_path):
     with pytest.raises(DataError, match="line 2: the prompt") as e:
         tokenise(prompts[1:], tokenizer, 10, longest)
     assert e.value.hint == "Shorten the prompt."
+
+
+def test_a_session_may_have_less_room_than_the_model(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    line = [PromptText("the man on the roof", "this line")]
+    length = 1 + len(tokenizer.encode(["the man on the roof"])[0])
+    assert tokenise(line, tokenizer, 10, 131072, length + 10)
+    with pytest.raises(DataError, match=f"would pass the {length + 9} that a session has") as e:
+        tokenise(line, tokenizer, 10, 131072, length + 9)
+    assert e.value.hint == "Shorten it, or give it with --prompt: the model sees 131,072 tokens."
+    for room in (length + 9, length + 8):  # --prompt would be no remedy
+        with pytest.raises(DataError, match=f"would pass the model's {length + 9}") as e:
+            tokenise(line, tokenizer, 10, length + 9, room)
+        assert e.value.hint == "Give --max-new-tokens 9 or fewer."

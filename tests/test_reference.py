@@ -117,6 +117,8 @@ def test_gather(rng, tokens, vocab, hidden, dtype):
     found = reference.gather(ids, weight)
     for token in range(tokens):
         np.testing.assert_array_equal(found[token], weight[int(ids[token])])
+    negative = np.array([-1, vocab - 1, -vocab - 1], np.int32)
+    np.testing.assert_array_equal(reference.gather(negative, weight), weight[[0, vocab - 1, 0]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

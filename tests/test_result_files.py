@@ -11,7 +11,7 @@ import pytest
 
 from cupyllama import files
 from cupyllama.errors import OutputError
-from cupyllama.files import check_writable, write_json, write_json_lines, write_whole
+from cupyllama.files import check_writable, is_special, write_json, write_json_lines, write_whole
 
 
 def test_a_link_stays_and_its_file_is_replaced(tmp_path):
@@ -55,6 +55,65 @@ def test_a_pipe_is_written_to(tmp_path):
     reader.join(10)
     assert read == ['{"a": 1}\n{"b": 2}\n']
     assert stat.S_ISFIFO(os.stat(pipe).st_mode) and os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.fixture
+def open_file(tmp_path):
+    """A file that this process has open, as a shell's `3>> out` leaves it; its number."""
+    path = tmp_path / "out"
+    path.write_text("there before\n")
+    number = os.open(path, os.O_WRONLY | os.O_APPEND)
+    yield path, number
+    os.close(number)
+
+
+@pytest.mark.parametrize("form", ["/dev/fd/{}", "/proc/self/fd/{}", "/dev/../dev/fd/{}"])
+def test_an_open_file_goes_on_where_it_is(form, open_file):
+    path, number = open_file
+    name = Path(form.format(number))
+    assert is_special(name) and not is_special(path)
+    before = os.stat(path).st_ino
+    check_writable(name)
+    write_json_lines(name, [{"a": 1}])
+    os.write(number, b"between\n")
+    write_json_lines(name, [{"b": "é"}])
+    assert path.read_text() == 'there before\n{"a": 1}\nbetween\n{"b": "\\u00e9"}\n'
+    assert os.stat(path).st_ino == before and os.listdir(path.parent) == ["out"]
+
+
+def test_a_link_to_an_open_file(open_file):
+    path, number = open_file
+    link = path.with_name("link")
+    link.symlink_to(f"/dev/fd/{number}")
+    assert is_special(link)
+    write_json_lines(link, [{"a": 1}])
+    assert link.is_symlink() and path.read_text() == 'there before\n{"a": 1}\n'
+    circle = path.with_name("circle")
+    circle.symlink_to(circle)
+    assert files._descriptor(circle) is None
+
+
+def test_an_open_file_that_takes_nothing_is_found_before_the_run(open_file):
+    path, _ = open_file
+    reading = os.open(path, os.O_RDONLY)
+    name = Path(f"/dev/fd/{reading}")
+    with pytest.raises(OutputError, match="cannot be written: Bad file descriptor"):
+        check_writable(name)
+    os.close(reading)
+    with pytest.raises(OutputError, match="cannot be written: Bad file descriptor"):
+        check_writable(name)
+    with pytest.raises(OutputError, match="cannot be written: Bad file descriptor"):
+        write_json_lines(name, [{"a": 1}])
+    assert path.read_text() == "there before\n"
+
+
+def test_nobody_reads_what_an_open_file_leads_to(tmp_path):
+    reading, writing = os.pipe()
+    check_writable(Path(f"/dev/fd/{writing}"))
+    os.close(reading)
+    with pytest.raises(BrokenPipeError):  # which ends a command without a word
+        write_json_lines(Path(f"/dev/fd/{writing}"), [{"a": 1}])
+    os.close(writing)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes device nodes")

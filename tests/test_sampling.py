@@ -17,7 +17,7 @@ from sampling_truth import (
 )
 
 from cupyllama.errors import UsageError
-from cupyllama.generation.settings import SamplingSettings
+from cupyllama.generation.settings import NO_TOKEN, SamplingSettings
 from cupyllama.ops import sampling_reference
 from cupyllama.ops.sampling_reference import (
     SamplingState,
@@ -161,13 +161,36 @@ def test_the_largest_is_the_first_of_equals():
     assert draw([-0.0, 0.0, -1], SamplingSettings()) == [0]
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_what_is_no_number_is_not_taken(temperature):
-    settings = SamplingSettings(temperature, top_k=2 * temperature, top_p=0.99)
-    assert draw([NAN, -1, -INF], settings, draws=20) == [1] * 20
-    assert draw([NAN, -INF, NAN], settings) == [0]
-    assert draw([-INF, -INF], settings) == [0]
-    assert draw([1, NAN, INF, 2, INF], settings, draws=5) == [2] * 5
+DECODINGS = [
+    SamplingSettings(),
+    SamplingSettings(repetition_penalty=1.3),
+    SamplingSettings(1.0),
+    SamplingSettings(1.0, top_k=2, top_p=0.99, repetition_penalty=0.7),
+]
+
+
+@pytest.mark.parametrize("settings", DECODINGS)
+def test_minus_infinity_is_not_taken(settings):
+    assert draw([-INF, -1, -INF], settings, draws=20) == [1] * 20
+
+
+@pytest.mark.parametrize("settings", DECODINGS)
+@pytest.mark.parametrize(
+    "logits",
+    [
+        *([NAN, -1, 3], [5, 1, NAN], [1, -INF, -NAN], [1, INF, 2], [INF, INF, NAN]),
+        *([-INF] * 3, [NAN] * 3, [INF, -INF, -INF]),
+    ],
+)
+def test_logits_that_are_no_numbers_give_no_token(logits, settings):
+    """Nor do they change what is known of the row, or the row beside it."""
+    state, tokens = SamplingState(2, 3), np.full(2, 7, np.int32)
+    for row in range(2):
+        state.put(row, settings, [0])
+    rows = np.arange(2, dtype=np.int32)
+    sample(np.array([logits, [-9, 0, -9]], np.float32), rows, state, tokens)
+    assert NO_TOKEN == -1 and tokens.tolist() == [-1, 1]
+    assert state.drawn.tolist() == [0, 1] and state.seen.tolist() == [[1], [3]]
 
 
 def test_a_seed_gives_the_same_again_and_another_does_not():

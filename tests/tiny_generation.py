@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 import tiny_models
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 # The model that each is made of, the keys of config.json that differ, and by what tensors with a
 # part of a name in it are multiplied.
@@ -72,3 +72,15 @@ def write_generating_model(name: str, directory: str | Path) -> Path:
         path = tiny_models.write_tiny_model(name, directory)
     save_file(generating_tensors(name), path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+def write_overflowing_model(directory: str | Path) -> Path:
+    """Write one whose feed-forward products float16 has no room for, and other dtypes have."""
+    path = tiny_models.write_tiny_model("gqa", directory) / "model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        for part, scale in (("gate_proj", 1000), ("up_proj", 1000), ("down_proj", 1e-6)):
+            if part in name:
+                tensors[name] = tensors[name] * np.float32(scale)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path.parent

@@ -26,8 +26,7 @@ class AnswersFile:
         answers: Sequence[Answer],
     ):
         self._path, self._prompts, self._rows, self._answers = path, prompts, rows, answers
-        # Beside what a link points to: /dev/stdout can be a file, and /dev is no place for another.
-        target = path.resolve()
+        target = path.resolve()  # beside what a link points to
         self._partial = target.with_name(f"{target.name}.partial")
         self._is_special = is_special(path)
         self._file: Any = None

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from cupyllama.errors import DeviceError, ModelError
+from cupyllama.errors import DeviceError
 from cupyllama.generation.batch import Segment, cached_batch
 from cupyllama.generation.blocks import BLOCK_TOKENS, BlockPool, blocks_for, slots_of
+from cupyllama.generation.engine import not_finite
 
 Decoder = Any  # of cupyllama.ops.decode_reference or decode_cuda
 
@@ -36,12 +37,16 @@ def beam_search(
     num_beams: int,
     max_new_tokens: int,
     eos_token_ids: Collection[int] = (),
+    name: str = "the prompt",
 ) -> list[Hypothesis]:
     """The best continuations of a prompt, up to `num_beams` of them, the best one first.
 
+    Args:
+        name: of the prompt, for messages.
+
     Raises:
         DeviceError: the beams do not fit the cache, or the device ran out of memory.
-        ModelError: log-probabilities are no numbers.
+        NotFiniteError: logits are NaN or infinite; all ranks find that at the same token.
     """
     assert prompt and num_beams > 0 and max_new_tokens > 0
     keys = len(prompt) + num_beams * (max_new_tokens - 1)
@@ -56,7 +61,7 @@ def beam_search(
     blocks, first = taken
     try:
         slots = slots_of(blocks, keys)
-        passes = _Passes(decoder, slots[: len(prompt)], slots[len(prompt) :], prompt, first)
+        passes = _Passes(decoder, slots[: len(prompt)], slots[len(prompt) :], prompt, first, name)
         with decoder.stage.ops.memory_errors():
             return _search(passes, num_beams, max_new_tokens, eos_token_ids)
     except BaseException as error:
@@ -74,9 +79,15 @@ class _Passes:
     """What the model says of the beams, and where their keys are."""
 
     def __init__(
-        self, decoder: Decoder, keys: np.ndarray, fresh: np.ndarray, prompt: Sequence[int], first
+        self,
+        decoder: Decoder,
+        keys: np.ndarray,
+        fresh: np.ndarray,
+        prompt: Sequence[int],
+        first: int,
+        name: str,
     ):
-        self._decoder = decoder
+        self._decoder, self._name, self._prompt_tokens = decoder, name, len(prompt)
         self._fresh = fresh  # slots that no key has
         self._keys = keys[None]  # (beams, keys)
         self._batch = cached_batch([Segment(prompt[first:], first, keys)])
@@ -96,7 +107,7 @@ class _Passes:
             wanted: how many, if the vocabulary has so many.
 
         Raises:
-            ModelError: the logits are no numbers; all ranks find that.
+            NotFiniteError: the logits of a beam are; all ranks find that.
         """
         decoder = self._decoder
         count = min(wanted, decoder.stage.config.vocab_size)
@@ -109,12 +120,8 @@ class _Passes:
         if decoder.links is not None:
             decoder.links.broadcast(values)
             decoder.links.broadcast(tokens)
-        if np.isnan(values).any():
-            raise ModelError(
-                f"the log-probability of token {self._keys.shape[1]} is no number",
-                "float16 may overflow: try --dtype bfloat16 or float32. If that does not help, "
-                "the weights are broken.",
-            )
+        if np.isnan(values).any():  # so are all of a row with NaN or infinity, or with no other
+            raise not_finite(self._name, self._keys.shape[1] - self._prompt_tokens + 1)
         return values, tokens
 
 

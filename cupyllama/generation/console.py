@@ -4,12 +4,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
-from cupyllama.errors import DataError, OutputError
+from cupyllama.errors import DataError
 
 SIGN = "> "
 HISTORY_LINES = 1000
@@ -92,34 +91,3 @@ def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def print_now(text: str) -> None:
-    """Text to stdout, at once; what its encoding has no sign for is a question mark.
-
-    Raises:
-        OutputError: the disk is full, or the like.
-        BrokenPipeError: nobody reads any more.
-    """
-    stream = sys.stdout
-    try:
-        try:
-            stream.write(text)
-        except UnicodeEncodeError:
-            stream.write(text.encode(stream.encoding, "replace").decode(stream.encoding))
-        stream.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _forget(stream)
-        raise OutputError(
-            f"stdout: cannot be written: {error.strerror}", "Is there space left on the disk?"
-        ) from error
-
-
-def _forget(stream: TextIO) -> None:
-    """Let what the stream still has go nowhere: Python would fail on it again, as it ends."""
-    with suppress(OSError, ValueError):  # a stream that is no file
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupyllama.errors import DeviceError
+from cupyllama.errors import DeviceError, NotFiniteError
 from cupyllama.generation.batch import Segment, cached_batch
 from cupyllama.generation.blocks import BLOCK_TOKENS, BlockPool, slots_of
-from cupyllama.generation.settings import SamplingSettings
+from cupyllama.generation.settings import NO_TOKEN, SamplingSettings
 
 # Prompts are fed until a pass has so many tokens: more would only make those that run wait.
 PREFILL_TOKENS = 4096
@@ -33,6 +33,7 @@ class Prompt:
     max_new_tokens: int
     settings: SamplingSettings = SamplingSettings()
     eos_token_ids: frozenset[int] = frozenset()  # any of them ends it
+    name: str = "the prompt"  # for messages
 
     @property
     def keys(self) -> int:
@@ -116,6 +117,8 @@ class Engine:
         Raises:
             DeviceError: a prompt does not fit the cache, before anything is computed; or the device
                 ran out of memory.
+            NotFiniteError: logits are NaN or infinite; all ranks find that at the same token. What
+                is in the cache is of no more use.
         """
         for prompt in prompts:
             self.check(prompt)
@@ -197,6 +200,8 @@ class Engine:
             if sequence.ended:
                 continue
             prompt = sequence.prompt
+            if token == NO_TOKEN:
+                raise not_finite(prompt.name, sequence.seen)
             sequence.ended = token in prompt.eos_token_ids or sequence.seen == prompt.max_new_tokens
             yield Event(sequence.number, token, sequence.ended)
 
@@ -208,3 +213,8 @@ class Engine:
                 self.pool.release(sequence.blocks)
                 heapq.heappush(rows, sequence.row)
                 del running[sequence.row]
+
+
+def not_finite(name: str, number: int) -> NotFiniteError:
+    """What is said of a prompt's new token, counted from 1, that could not be chosen."""
+    return NotFiniteError(f"{name}: the logits of new token {number} are NaN or infinite")

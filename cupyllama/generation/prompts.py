@@ -67,12 +67,17 @@ def check_text(prompt: PromptText) -> PromptText:
 
 
 def tokenise(
-    prompts: Sequence[PromptText], tokenizer: Tokenizer, max_new_tokens: int, max_length: int
+    prompts: Sequence[PromptText],
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    max_length: int,
+    room: int | None = None,
 ) -> list[list[int]]:
     """Ids of each prompt, with BOS in front where the tokenizer puts it.
 
     Args:
         max_length: tokens that the model can see, the new ones among them.
+        room: that a session has, where it is less; None: it has no such limit.
 
     Raises:
         DataError: a prompt does not leave room for `max_new_tokens`.
@@ -80,13 +85,20 @@ def tokenise(
     bos = [tokenizer.bos_token_id] if tokenizer.adds_bos else []
     rows = [[*bos, *ids] for ids in tokenizer.encode([prompt.text for prompt in prompts])]
     for prompt, row in zip(prompts, rows, strict=True):
-        if len(row) + max_new_tokens > max_length:
-            left = max_length - len(row)
-            raise DataError(
-                f"{prompt.place}: the prompt {shortened(prompt.text)} has {len(row):,} tokens, and "
-                f"with {max_new_tokens:,} new ones it would pass the model's {max_length:,}",
-                f"Give --max-new-tokens {left} or fewer." if left > 0 else "Shorten the prompt.",
-            )
+        keys, left = len(row) + max_new_tokens, max_length - len(row)
+        if keys > max_length:
+            limit = f"the model's {max_length:,}"
+            hint = f"Give --max-new-tokens {left} or fewer." if left > 0 else "Shorten the prompt."
+        elif room is not None and keys > room:
+            limit = f"the {room:,} that a session has room for"
+            hint = f"Shorten it, or give it with --prompt: the model sees {max_length:,} tokens."
+        else:
+            continue
+        raise DataError(
+            f"{prompt.place}: the prompt {shortened(prompt.text)} has {len(row):,} tokens, and "
+            f"with {max_new_tokens:,} new ones it would pass {limit}",
+            hint,
+        )
     return rows
 
 

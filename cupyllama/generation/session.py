@@ -142,9 +142,9 @@ class Session(Rank):
     def _too_small(self, max_keys: int) -> DeviceError:
         return DeviceError(
             f"beside the weights, {self.device.name} has no memory for the keys and values of "
-            f"{max_keys} tokens",
-            "Give fewer --max-new-tokens, a smaller --dtype or --quantize int8, or share the "
-            "layers among several devices.",
+            f"{max_keys:,} tokens",
+            "Give fewer --max-new-tokens, --prompt in place of a session, a smaller --dtype or "
+            "--quantize int8, or share the layers among several devices.",
         )
 
 

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from cupyllama.errors import UsageError
 
+# In the place of a token whose logits are NaN or infinite. It is fed once more before the host sees
+# it: `gather` takes it for token 0.
+NO_TOKEN = -1
+
 # Rows hold them as float32, which has no room for a reciprocal much beyond.
 _LEAST, _LARGEST = 1e-30, 1e30
 

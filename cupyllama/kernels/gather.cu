@@ -1,6 +1,7 @@
-// gather: out[i] = table[rows[i]]
+// gather: out[i] = table[max(rows[i], 0)]
 //
 // A copy: numbers are not looked at, so rows are UNITS units of UNIT_BYTES, 16 where the row allows.
+// A token that sample could not choose is negative, and comes here before the host sees it.
 // One block an output row.
 
 struct alignas(UNIT_BYTES) Unit {
@@ -12,7 +13,7 @@ extern "C" __global__ void gather(
     const int *__restrict__ rows,    // (n,)
     const Unit *__restrict__ table)  // (rows of the table, UNITS)
 {
-    const Unit *from = table + (size_t)rows[blockIdx.x] * UNITS;
+    const Unit *from = table + (size_t)max(rows[blockIdx.x], 0) * UNITS;
     Unit *to = out + (size_t)blockIdx.x * UNITS;
     for (int i = threadIdx.x; i < UNITS; i += blockDim.x) to[i] = from[i];
 }

@@ -168,9 +168,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     if (penalty != 1) penalise(logits + (size_t)blockIdx.x * VOCAB, row_seen, penalty);
     int best;
     row.peak = find_peak(row.logits, best, space);
+    if (best == NO_TOKEN) {
+        if (threadIdx.x == 0) tokens[number] = NO_TOKEN;
+        return;
+    }
     const float warmth = temperature[number];
-    if (warmth == 0 || best == VOCAB || row.peak == infinity()) {
-        if (threadIdx.x == 0) take(best < VOCAB ? best : 0);
+    if (warmth == 0) {
+        if (threadIdx.x == 0) take(best);
         return;
     }
 

@@ -19,6 +19,7 @@ constexpr int OCTAVES = 32;  // tokens further below the peak weigh nothing
 constexpr int BINS_PER_OCTAVE = 64;
 constexpr int BINS = OCTAVES * BINS_PER_OCTAVE;  // two for each thread; number BINS is the rest
 constexpr int LIST = THREADS;
+constexpr int NO_TOKEN = -1;  // cupyllama/generation/settings.py
 
 constexpr int WIDTH = pack_width<float>(VOCAB);
 constexpr int DEPTH = 8 / WIDTH;  // loads in flight: 32 KiB in all hide the L2 cache's latency
@@ -107,12 +108,15 @@ __device__ inline int warp_min(int x)
     return x;
 }
 
-// The largest logit, and the lowest token that has it: VOCAB, if all are NaN or -infinity.
+// The largest logit, NaN aside, and the lowest token that has it: NO_TOKEN, if one is NaN or
+// infinity, or all are -infinity.
 __device__ inline float find_peak(const float *logits, int &token, Space &space)
 {
     float peak = -infinity();
+    bool broken = false;
     token = VOCAB;
     for_each_token(logits, [&](float x, int id) {
+        broken |= !(x < infinity());  // NaN too
         if (x > peak) {  // strictly: the lowest token wins a tie
             peak = x;
             token = id;
@@ -127,10 +131,11 @@ __device__ inline float find_peak(const float *logits, int &token, Space &space)
         peaks[threadIdx.x / 32] = peak;
         ids[threadIdx.x / 32] = token;
     }
-    __syncthreads();
+    broken = __syncthreads_or(broken);
     const float other = peaks[threadIdx.x % 32];
     peak = warp_max(other);
     token = warp_min(other == peak ? ids[threadIdx.x % 32] : VOCAB);
+    if (broken || token == VOCAB) token = NO_TOKEN;
     __syncthreads();  // histogram is free again
     return peak;
 }

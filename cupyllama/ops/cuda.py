@@ -154,7 +154,7 @@ def upload_arrays(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Array], np.n
 
 
 def gather(rows: Array, table: Array) -> Array:
-    """Rows of a table: (n,) int32, (any, columns) -> (n, columns)."""
+    """Rows of a table: (n,) int32, (any, columns) -> (n, columns); of a negative number, row 0."""
     (count,), (_, columns) = rows.shape, table.shape
     check(rows, np.int32, (count,))
     check(table, table.dtype, table.shape)

@@ -130,7 +130,7 @@ class Decoder:
             rows: that of each of batch.logit_rows.
 
         Returns:
-            What waits and gives the tokens: (len(rows),) int32.
+            What waits and gives the tokens: (len(rows),) int32, NO_TOKEN as `sample` has it.
         """
         found = self.next_logits(batch)
         if found is not None:
@@ -148,7 +148,8 @@ class Decoder:
                 stands; -1: the row is left out. One at least is not.
 
         Returns:
-            What waits and gives the tokens: (count,) int32, anything for rows that are left out.
+            What waits and gives the tokens: (count,) int32, NO_TOKEN as `sample` has it, anything
+            for rows that are left out.
         """
         step = self._step_of(len(positions))
         self._send(_inputs(positions, step.rows), step.inputs)

@@ -77,7 +77,7 @@ class Decoder:
             rows: that of each of batch.logit_rows.
 
         Returns:
-            What waits and gives the tokens: (len(rows),) int32.
+            What waits and gives the tokens: (len(rows),) int32, NO_TOKEN as `sample` has it.
         """
         return self._sample(self.next_logits(batch), np.array(rows, np.int32))
 
@@ -89,7 +89,8 @@ class Decoder:
                 stands; -1: the row is left out. One at least is not.
 
         Returns:
-            What waits and gives the tokens: (count,) int32, anything for rows that are left out.
+            What waits and gives the tokens: (count,) int32, NO_TOKEN as `sample` has it, anything
+            for rows that are left out.
         """
         rows = np.flatnonzero(positions >= 0)
         segments = [

@@ -81,8 +81,8 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def gather(rows: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Rows of a table: (n,) int32, (any, columns) -> (n, columns)."""
-    return table[rows]
+    """Rows of a table: (n,) int32, (any, columns) -> (n, columns); of a negative number, row 0."""
+    return table[np.maximum(rows, 0)]
 
 
 def quantize(x: np.ndarray, out: Quantized | None = None, kind: str = "fp8") -> Quantized:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyllama.generation.settings import SamplingSettings
+from cupyllama.generation.settings import NO_TOKEN, SamplingSettings
 from cupyllama.kernels.definitions import sampling_constants
 
 Array = Any
@@ -77,7 +77,8 @@ def sample(logits: Array, rows: Array, state: SamplingState, tokens: Array) -> N
 
     A likelihood is an integer, `weight_bits` of the vocabulary long and shifted: right to 1 in
     2^weight_bits, 65,536 or more up to 65,535 tokens.
-    NaN and -infinity are never taken; where there is nothing else, token 0 is.  Infinity always is.
+    -infinity is never taken. Where after step 1 a logit is NaN or infinity, or all are -infinity,
+    the row is given NO_TOKEN, and its state stays as it is.
 
     Args:
         logits: (n, vocab) float32. The caller gives them up.
@@ -91,10 +92,11 @@ def sample(logits: Array, rows: Array, state: SamplingState, tokens: Array) -> N
         _flush(scores)
         if state.repetition_penalty[row] != 1:
             _penalise(scores, state.seen[row], state.repetition_penalty[row])
-        best = int(np.where(np.isnan(scores), -np.inf, scores).argmax())
-        if not scores[best] > -np.inf:
-            token = 0
-        elif state.temperature[row] == 0 or scores[best] == np.inf:
+        best = int(scores.argmax())  # of NaN, where there is one
+        if not np.isfinite(scores[best]):
+            tokens[row] = NO_TOKEN
+            continue
+        if state.temperature[row] == 0:
             token = best
         else:
             kept = likelihoods(
@@ -135,12 +137,12 @@ def likelihoods(
     """How likely each token is drawn, in common units, 0 for those that are not kept.
 
     Args:
-        scores: (vocab,) float32, one of them finite and none infinity.
+        scores: (vocab,) float32, one of them finite and the others that or -infinity.
 
     Returns:
         (vocab,) uint64.
     """
-    peak = np.nanmax(scores)
+    peak = scores.max()
     with np.errstate(over="ignore"):  # what is so far below is not drawn
         octaves = (peak - scores) * (_LOG2_E / temperature)
     weights = _weights(octaves, len(scores))
@@ -188,7 +190,7 @@ def _flush(scores: np.ndarray) -> None:
 
 
 def _weights(octaves: np.ndarray, vocab: int) -> np.ndarray:
-    """2^-octaves as integers: (vocab,) float32 -> uint64; 0 for NaN and from OCTAVES on."""
+    """2^-octaves as integers: (vocab,) float32 -> uint64; 0 from OCTAVES on."""
     near = octaves < OCTAVES
     x = np.where(near, octaves, 0)
     whole = np.floor(x)

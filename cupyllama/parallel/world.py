@@ -35,13 +35,18 @@ def open_world(remedy: str = "") -> "World":
     Args:
         remedy: what can be done after a process was killed.
     """
-    if not any(name in os.environ for name in _LAUNCHERS):
+    if not launched():
         return World()
     from mpi4py import MPI
 
     if MPI.COMM_WORLD.size == 1:
         return World()
     return MPIWorld(MPI.COMM_WORLD, remedy)
+
+
+def launched() -> bool:
+    """Whether a launcher such as mpirun started this process."""
+    return any(name in os.environ for name in _LAUNCHERS)
 
 
 class World:

@@ -1,14 +1,17 @@
 """The Decoder: replayed steps against launched ones, and both against NumPy's tokens."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from engine import build_stage
 from tiny_generation import GENERATING, write_generating_model
 
+from cupyllama.errors import NotFiniteError
 from cupyllama.generation.batch import Segment, cached_batch
 from cupyllama.generation.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 from cupyllama.generation.engine import Engine, Prompt
-from cupyllama.generation.settings import SamplingSettings
+from cupyllama.generation.settings import NO_TOKEN, SamplingSettings
 
 cupy = pytest.importorskip("cupy")
 decode_cuda = pytest.importorskip("cupyllama.ops.decode_cuda")
@@ -114,6 +117,42 @@ def test_steps_are_queued_before_the_last_one_is_looked_at(tmp_path):
         tokens.append(np.array([result() for result in results]))
     np.testing.assert_array_equal(tokens[0], tokens[1])
     assert len(np.unique(tokens[0])) > 5
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_token_whose_embedding_is_broken(graphs, tmp_path):
+    """It is found in mid-answer, of the prompt that has it; all tokens before it have come."""
+    model = write_generating_model("gqa", tmp_path)
+    decoder = decoder_of(model, decode_reference, 3)
+    prompts = ragged_prompts(decoder.stage.config.vocab_size)[:3]
+    prompts = [replace(prompt, name=f"line {i}") for i, prompt in enumerate(prompts)]
+    texts = generate(decoder, prompts, 3)
+    others = set().union(*(prompt.token_ids for prompt in prompts), texts[0], texts[2])
+    place = next(i for i, token in enumerate(texts[1]) if i > 4 and token not in others)
+    place = texts[1].index(texts[1][place])
+    decoder = decoder_of(model, decode_cuda, 3, graphs=graphs)
+    decoder.stage.weights.embed_tokens[texts[1][place]] = np.nan
+    found = [[] for _ in prompts]
+    engine = Engine(decoder, BlockPool(BLOCKS), 3, MAX_KEYS)
+    with pytest.raises(NotFiniteError, match=f"^line 1: .* new token {place + 2} are NaN"):
+        for event in engine.generate(prompts):
+            found[event.number].append(event.token)
+    assert found == [texts[0][: place + 2], texts[1][: place + 1], texts[2][: place + 1]]
+    assert engine.pool.free == engine.pool.capacity
+
+
+def test_no_token_is_fed_as_token_0(tmp_path):
+    """The step after one that found none is queued before anybody knows."""
+    model = write_generating_model("gqa", tmp_path)
+    prompts = [[5, 9, 11], [7] * 30, [3]]
+    positions = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = []
+    for fed in (0, NO_TOKEN):
+        decoder = decoder_of(model, decode_cuda, 3)
+        decoder.prefill(admitted(decoder, prompts), [0, 1, 2])()
+        decoder.tokens[1] = fed
+        tokens.append([decoder.step(positions + step)().tolist() for step in range(9)])
+    assert tokens[0] == tokens[1]
 
 
 def test_rows_that_are_left_out_stay_as_they_are(tmp_path):

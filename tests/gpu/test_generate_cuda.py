@@ -4,6 +4,8 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from tiny_generation import write_overflowing_model
+from tiny_tokenizer import write_tokenizer
 
 from cupyllama.bench import measure, shapes
 from cupyllama.cli import cli
@@ -51,6 +53,25 @@ def test_one_prompt_streams_the_text_of_the_file():
     more = ["--max-new-tokens", 60, "--dtype", "float32", "--stop", " small"]
     expected = generate("cpu", "--prompt", PROMPTS[0], *more)
     assert generate("cuda", "--prompt", PROMPTS[0], *more) == expected != "\n"
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--top-p", 0.9], ["--beam-width", 2], ["--repetition-penalty", 1.2]]
+)
+def test_float16_that_overflows(more, tmp_path):
+    """Another dtype is the remedy, as the hint says."""
+    model = write_overflowing_model(tmp_path / "model")
+    write_tokenizer(model, json.loads((model / "config.json").read_text())["vocab_size"])
+    given = ["generate", "--model", model, "--device", "cuda", "--quiet", "--prompt", "the man"]
+    given += ["--max-new-tokens", 5, *more]
+    results = {
+        dtype: CliRunner().invoke(cli, [*map(str, given), "--dtype", dtype])
+        for dtype in ("float16", "bfloat16", "float32")
+    }
+    assert [result.exit_code for result in results.values()] == [3, 0, 0], results
+    refused = results["float16"]
+    assert refused.stderr.startswith("cupyllama: --prompt: the logits of new token 1 are NaN or")
+    assert "try --dtype bfloat16 or float32" in refused.stderr and refused.stdout == ""
 
 
 # Sizes that 8-bit products allow; four heads of 64, two for each key-value head.

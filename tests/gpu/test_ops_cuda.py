@@ -57,6 +57,15 @@ def test_gather(rng, dtype, tokens, hidden):
 
 
 @every_dtype
+def test_gather_reads_nothing_before_the_table(rng, dtype):
+    whole = normal(rng, (11, 96), dtype)
+    ids = np.array([-1, 4, -5, 3, -6], np.int32)
+    out = cuda.gather(cuda.to_device(ids), cuda.to_device(whole)[6:])
+    np.testing.assert_array_equal(host(out), reference.gather(ids, whole[6:]))
+    np.testing.assert_array_equal(host(out)[0], whole[6])
+
+
+@every_dtype
 @pytest.mark.parametrize("hidden", [2, 96, 331, 4096, 5120, 6656, 8192, 8193, 16384])
 @pytest.mark.parametrize("tokens", [1, 37])
 def test_rmsnorm(rng, dtype, tokens, hidden):

@@ -14,7 +14,7 @@ from sampling_truth import (
     probabilities,
 )
 
-from cupyllama.generation.settings import SamplingSettings
+from cupyllama.generation.settings import NO_TOKEN, SamplingSettings
 from cupyllama.ops import sampling_reference as reference
 
 cupy = pytest.importorskip("cupy")
@@ -101,6 +101,30 @@ def test_tokens_are_those_of_the_reference(rng, vocab):
         rows[rng.random(count) < 0.1] = -1
         both.sample(np.stack([awkward_logits(rng, vocab) for _ in rows]), rows)
         both.assert_same()
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, None])
+def test_logits_that_are_no_numbers_give_no_token(rng, vocab, value):
+    """Wherever the one is that is none; None: all are -infinity. Rows between them are sampled."""
+    kinds = [
+        SamplingSettings(),
+        SamplingSettings(1.0),
+        SamplingSettings(0.8, top_k=20, top_p=0.95, repetition_penalty=1.2),
+    ]
+    places = np.unique(
+        [0, vocab - 1, *rng.integers(0, vocab, 40), *range(0, vocab, 1 + vocab // 9)]
+    )
+    count = 2 * len(places)
+    settings = [replace(kinds[row % 3], seed=row) for row in range(count)]
+    both = Both(settings, [rng.integers(0, vocab, 5).tolist() for _ in range(count)], vocab)
+    logits = rng.normal(0, 2, (count, vocab)).astype(np.float32)
+    for row, place in zip(range(0, count, 2), places, strict=True):
+        logits[row, slice(None) if value is None else place] = -np.inf if value is None else value
+    both.sample(logits, np.arange(count, dtype=np.int32))
+    both.assert_same()
+    broken = both.device_tokens.get() == NO_TOKEN
+    np.testing.assert_array_equal(broken, np.arange(count) % 2 == 0)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 256, 1024])
