@@ -184,6 +184,22 @@ def test_items_by_hand():
     np.testing.assert_array_equal(steps, alone + joined)
 
 
+def test_parts_end_where_steps_end():
+    """Two prompts of 192 that share a first token: 3 parts each, of 1, 2 and 3 steps."""
+    rows = [TokenRow([1] + [token] * 192, 100, token) for token in (2, 3)]
+    (batch,) = pack(rows, 1024)
+    items, steps = attention_items(batch, 64)
+    assert sorted(items[:, [0, 1, 3]].tolist()) == [
+        [0, 64, 1],
+        [64, 64, 2],
+        [128, 64, 3],
+        [192, 63, 1],
+        [255, 64, 2],
+        [319, 64, 3],
+    ]
+    assert len(steps) == 2 * (1 + 2 + 3)
+
+
 def test_queries_before_a_step_do_not_see_it():
     items, steps = attention_items(one_batch(70, 30), 128)
     np.testing.assert_array_equal(items, [[0, 100, 0, 2]])
@@ -216,11 +232,10 @@ def test_items_and_tiles_run_in_sections(rng, queries):
     kinds = ((items[:, 0], items[:, 3], SECTION), (place, keys, TILE_SECTION))
     for places, work, section in kinds:
         assert len(places) > 2 * section
-        for begin in range(0, len(places), section):
-            assert (np.diff(work[begin : begin + section]) <= 0).all()
-            assert (
-                places[begin : begin + section] < places[begin + section :].min(initial=1 << 30)
-            ).all()
+        begins = range(0, len(places) - section + 1, section)  # the last takes what is left over
+        for begin, end in zip(begins, [*begins[1:], len(places)], strict=True):
+            assert (np.diff(work[begin:end]) <= 0).all()
+            assert (places[begin:end] < places[end:].min(initial=1 << 30)).all()
 
 
 @pytest.mark.parametrize("rows, longest, tokens", FORESTS)

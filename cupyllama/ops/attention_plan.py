@@ -42,7 +42,7 @@ def attention_tiles(batch: MicroBatch) -> np.ndarray:
 
     In packed order, for neighbours share keys; within a section those that see most keys first.
     """
-    past, segment, first, queries = _cut(batch, QUERY_TILE)
+    past, segment, first, queries = _cut(batch, QUERY_TILE, at_steps=False)
     order = _longest_first(past[segment] + first + queries, TILE_SECTION)
     return np.stack([segment, first], axis=1)[order].astype(np.int32)
 
@@ -76,7 +76,7 @@ def attention_items(
         steps: (steps, 4) int32: where the first key stands in key_index, keys, position of the
             first key in its row, and of the item's queries the first to see it | the end << 16.
     """
-    past, segment, first, count = _cut(batch, queries)
+    past, segment, first, count = _cut(batch, queries, at_steps=True)
     position = past[segment] + first  # of a part's first query in its row
     keys = position + count
     part_steps = -(-keys // STEP_KEYS)
@@ -120,8 +120,15 @@ def attention_items(
     return items[order].astype(np.int32), steps.astype(np.int32)
 
 
-def _cut(batch: MicroBatch, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _cut(
+    batch: MicroBatch, size: int, at_steps: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Segments in parts of up to `size` queries.
+
+    Args:
+        at_steps: parts end at multiples of `size` in their rows, where that makes no more of them.
+            Rows have BOS in common, and the first part of a segment would begin at position 1:
+            each of its parts would take a step for one key.
 
     Returns:
         past: (segments,) keys before a segment's own; and of each part, in packed order, its
@@ -130,9 +137,16 @@ def _cut(batch: MicroBatch, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     queries = np.diff(batch.segment_start).astype(np.int64)
     past = np.diff(batch.key_start) - queries
     count = -(-queries // size)
+    lead = np.full(len(queries), size)  # queries of a segment's first part, if it has more
+    if at_steps:
+        to_step = size - past % size
+        fits = (to_step < queries) & (1 - (to_step - queries) // size == count)
+        lead = np.where(fits, to_step, size)
     segment = np.repeat(np.arange(len(queries)), count)
-    first = (np.arange(len(segment)) - np.repeat(np.cumsum(count) - count, count)) * size
-    return past, segment, first, np.minimum(queries[segment] - first, size)
+    number = np.arange(len(segment)) - np.repeat(np.cumsum(count) - count, count)
+    first = np.where(number == 0, 0, lead[segment] + (number - 1) * size)
+    end = np.minimum(lead[segment] + number * size, queries[segment])
+    return past, segment, first, end - first
 
 
 def _join(
@@ -159,5 +173,9 @@ def _join(
 
 
 def _longest_first(work: np.ndarray, section: int) -> np.ndarray:
-    """An order: section after section, within one those with most work first."""
-    return np.lexsort((-work, np.arange(len(work)) // section))
+    """An order: section after section, within one those with most work first.
+
+    What is left over is part of the last section, which so has short ones for the end.
+    """
+    number = np.arange(len(work)) // section
+    return np.lexsort((-work, np.minimum(number, max(len(work) // section - 1, 0))))
