@@ -85,11 +85,12 @@ class Driver:
         self.registered.append(range(address, address + nbytes))
 
     def hostUnregister(self, address: int) -> None:  # noqa: N802
-        assert self.registered.pop().start == address
+        (memory,) = [memory for memory in self.registered if memory.start == address]
+        self.registered.remove(memory)
 
     def memcpyAsync(self, to: int, source: int, nbytes: int, kind: int, stream: int) -> None:  # noqa: N802
-        (memory,) = self.registered
-        assert source in memory and source + nbytes <= memory.stop
+        (memory,) = [memory for memory in self.registered if source in memory]
+        assert source + nbytes <= memory.stop
         copy = (to, source, nbytes)
         Stream.made[stream].do(lambda: ctypes.memmove(*copy))
 

@@ -191,7 +191,7 @@ def copy_extents(
     pieces = _pieces(chunks, readers.memory.shape[1])
     asked: dict[int, Piece] = {}  # by buffer
     copying: deque[tuple[int, int]] = deque()  # buffer, bytes
-    registered = False
+    registered: set[int] = set()
 
     def ask(buffer: int) -> None:
         if (piece := next(pieces, None)) is not None:
@@ -206,22 +206,16 @@ def copy_extents(
     try:
         for buffer in range(len(buffers)):
             ask(buffer)
-        filled: list[tuple[int, int]] = []
-        while asked or filled:
-            if asked:
-                filled += readers.answers()
-            if not registered and asked.keys() - {buffer for buffer, _ in filled}:
-                continue  # memory that has been touched is registered much faster
-            if not registered:
-                memory = readers.memory
-                runtime.hostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE)
-                registered = True
-            for buffer, found in filled:
+        while asked or copying:
+            for buffer, found in readers.answers() if asked else ():
                 extent, _, address, nbytes = asked.pop(buffer)
                 extent.check(nbytes, found)
+                if buffer not in registered:  # now that it has been touched, which is much faster
+                    memory = readers.memory[buffer]
+                    runtime.hostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE)
+                    registered.add(buffer)
                 buffers[buffer].copy_to(address, nbytes)
                 copying.append((buffer, nbytes))
-            filled.clear()
             copied = 0
             while copying:
                 buffer, nbytes = copying[0]
@@ -236,8 +230,8 @@ def copy_extents(
     finally:
         for buffer in buffers:
             buffer.stream.synchronize()
-        if registered:
-            runtime.hostUnregister(readers.memory.ctypes.data)
+        for buffer in registered:
+            runtime.hostUnregister(buffers[buffer].address)
 
 
 def _pieces(chunks: Iterable["Chunk"], nbytes: int) -> Iterator["Piece"]:
