@@ -219,7 +219,8 @@ def bench_generate(
 
     Latency is the time of a batch by the new tokens of a query. The floor is the bytes of weights,
     keys and values that a token reads, at the rate of a copy within the device in the same run.
-    Under mpirun, the ranks share the matrices of each layer.
+    Under mpirun, the ranks share the matrices of each layer. A sweep that ends early leaves what it
+    has measured in the --json file, marked as unfinished.
 
     \b
       cupyllama bench generate --shape opt-30b --quantize none,int8 --plot sweep.png
@@ -228,15 +229,24 @@ def bench_generate(
     from cupyllama.bench.generate import generate_table, measure_generate
     from cupyllama.bench.measure import enough_memory, gpu_of
     from cupyllama.bench.plot import plot_generate
+    from cupyllama.files import is_special, write_json
     from cupyllama.parallel.world import open_world
 
-    world = open_world()
+    kept = output is not None and not is_special(output)
+
+    def keep(measured: dict[str, Any]) -> None:
+        """What is measured so far, for a sweep that ends early."""
+        if kept and world.rank == 0:
+            write_json(output, {"unfinished": True, **measured})
+
+    world = open_world(f"What was measured, if anything was, is in {output}." if kept else "")
     with world.together():
         _check_ends((shape,), output, plot)
         device = gpu_of(world)
     with world.alone(), enough_memory(device):
         measured = measure_generate(
-            device, shape, batch_sizes, prompt_len, new_tokens, dtype, quantize, repeats, world
+            *(device, shape, batch_sizes, prompt_len, new_tokens, dtype, quantize, repeats, world),
+            on_run=keep,
         )
         if world.rank == 0:
             _finish(measured, generate_table(measured), output)

@@ -19,6 +19,7 @@ from cupyllama.cli_options import (
 )
 
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+_DRAWS = ("top_k", "top_p", "seed")  # of no effect where the most likely token is taken
 
 
 @click.command()
@@ -76,9 +77,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1, max=1024),
-    default=32,
-    show_default=True,
-    help="Prompts answered at a time.",
+    help="Prompts answered at a time.  [default: 32]",
 )
 @click.option(
     "--output",
@@ -117,6 +116,24 @@ def generate(model: Path | None, demo: bool, **options: Any) -> None:
             f"--beam-width searches for the likeliest text, and --{given[0].replace('_', '-')} is "
             "for sampling: give one of them."
         )
+    if options["beam_width"] is not None and options["batch_size"] is not None:
+        raise click.UsageError(
+            "--beam-width answers one prompt after the other, and --batch-size is for prompts "
+            "answered side by side: give one of them."
+        )
+    if options["batch_size"] is None:
+        del options["batch_size"]
+    drawn = [name for name in _DRAWS if options[name] is not None]
+    if options["temperature"] == 0 and drawn:
+        raise click.UsageError(
+            "--temperature 0 takes the most likely token, and "
+            f"--{drawn[0].replace('_', '-')} is for draws: give one of them."
+        )
     if options["temperature"] is None and (options["top_k"] or options["top_p"]):
         options["temperature"] = 1.0
+    if options["temperature"] is None and drawn:
+        raise click.UsageError(
+            "--seed is for draws, and without --temperature, --top-k or --top-p the most likely "
+            "token is taken: give one of these too."
+        )
     run(GenerateOptions(model=demo_directory() if demo else model, **options))

@@ -1,6 +1,7 @@
 """Files of results: there whole or not at all."""
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -9,9 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cupyllama.errors import OutputError
+from cupyllama.errors import OutputError, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of a file system, as of some Lustres
 _LINKS = 40  # that lead on, as many as Linux follows
 
 
@@ -29,7 +31,8 @@ def check_writable(path: Path) -> None:
     """Find out before the run, not after it, that a result could not be written.
 
     Raises:
-        OutputError: the directory is missing or refuses a new file, or `path` is one.
+        OutputError: the directory is missing or refuses a new file, or `path` is one; or the disk
+            has no room for a single byte.
     """
     if path.is_dir():
         raise OutputError(f"{path}: is a directory", "Give the name of a file.")
@@ -43,10 +46,29 @@ def check_writable(path: Path) -> None:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
         target = _target(path)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}."):
-            pass
+        prefix = f".{target.name}."
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=prefix, buffering=0) as file:
+            file.write(b"\n")  # a full disk has room for an empty file
+            os.fsync(file.fileno())
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
+
+
+def lock(descriptor: int, path: Path) -> None:
+    """Have the file or directory at `path` for this process alone, until the descriptor is closed.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"{path}: another process is writing it", "Wait for it, or end it."
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 def write_whole(path: Path, chunks: Iterable[str]) -> None:
@@ -67,7 +89,7 @@ def write_whole(path: Path, chunks: Iterable[str]) -> None:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _descriptor(path) is not None:
             raise
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 def _replace(target: Path, chunks: Iterable[str]) -> None:
@@ -127,6 +149,7 @@ def _target(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _unwritable(path: Path, error: OSError) -> OutputError:
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """The error to raise."""
     hint = "Is there space left on the disk?" if error.errno in _FULL else "Give another place."
     return OutputError(f"{path}: cannot be written: {error.strerror}", hint)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cupyllama.errors import CupyllamaError, DataError, NotFiniteError, UsageError
-from cupyllama.files import check_writable
+from cupyllama.files import check_writable, is_special
 from cupyllama.generation.answers import Answer, Pace, end_token_ids, follow
-from cupyllama.generation.answers_file import AnswersFile
+from cupyllama.generation.answers_file import AnswersFile, check_partial, partial_of
 from cupyllama.generation.beam import beam_search
 from cupyllama.generation.console import line_editing, on_interrupt, read_line
 from cupyllama.generation.engine import Engine, Prompt
@@ -65,7 +65,10 @@ def generate(options: GenerateOptions) -> None:
     Raises:
         CupyllamaError: whatever the user can mend, each with its exit code.
     """
-    with open_session(options) as session:
+    remedy = ""
+    if options.output is not None and not is_special(options.output):
+        remedy = f"Answers that were whole, if any, are in {partial_of(options.output)}."
+    with open_session(options, remedy) as session:
         run = Run(options, session)
         with session.world.together():
             run.read_prompts()
@@ -110,6 +113,7 @@ class Run:
                     "Give them with --prompt TEXT or --prompts FILE.",
                 )
             check_writable(options.output)
+            check_partial(options.output)
 
     def share_prompts(self) -> None:
         """Rank 0's prompts, for all."""

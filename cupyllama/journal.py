@@ -7,13 +7,15 @@ line cut short by a kill is as if it were not there.
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cupyllama.errors import OutputError, UsageError
+from cupyllama.errors import NothingToDo, OutputError, UsageError
 from cupyllama.evaluate import ChoiceScores
+from cupyllama.files import lock, unwritable
 
 
 class Journal:
@@ -21,11 +23,52 @@ class Journal:
 
     def __init__(self, samples: Path):
         self.path = samples.with_name(f"{samples.name}.partial")
+        self._samples = samples
         self._file: Any = None
 
+    def check_unfinished(self, outputs: Sequence[Path]) -> None:
+        """Look before a run is resumed whether it has ended, and removed its journal.
+
+        Raises:
+            NothingToDo: it has, and all `outputs` are there.
+            UsageError: it has, and was not asked for one of them.
+        """
+        if self.path.exists() or not self._samples.exists():
+            return
+        again = "Leave --resume out to score everything again."
+        for path in outputs:
+            if not path.exists():
+                raise UsageError(f"{path}: is not there, though {self._samples} is finished", again)
+        raise NothingToDo(f"{self._samples}: is finished, there is nothing to resume", again)
+
+    def claim(self, resume: bool) -> None:
+        """Have what an earlier run left, if it left a journal, for this process alone.
+
+        Raises:
+            UsageError: it has answers that would be lost, or is no journal, or another process is
+                writing it.
+        """
+        if not self.path.exists():
+            return
+        self._open("r+b")
+        lines, _ = self._read()
+        if len(lines) > 1 and not resume:
+            raise UsageError(
+                f"{self.path}: has answers of a run that has not ended",
+                "Go on with it by --resume, or delete it to score everything again.",
+            )
+
     def begin(self, fingerprint: dict[str, Any]) -> None:
-        """A new journal; an old one is lost."""
-        self._open("wb")
+        """A new journal, or one anew that was claimed.
+
+        Raises:
+            OutputError: it cannot be written.
+            UsageError: there is one since nothing was found to claim.
+        """
+        if self._file is None:
+            self._open("xb")
+        self._file.seek(0)
+        self._file.truncate()
         try:
             self._write(fingerprint)
         except OutputError:
@@ -39,7 +82,8 @@ class Journal:
             How many choices were there.
 
         Raises:
-            UsageError: the earlier run scored something else; it says what differs.
+            UsageError: the earlier run scored something else, and it says what differs; or a line
+                has no answers.
         """
         lines, whole = self._read()
         for key in fingerprint:
@@ -47,12 +91,19 @@ class Journal:
                 raise UsageError(
                     f"{self.path}: {key} was {_short(lines[0].get(key))} and is "
                     f"{_short(fingerprint[key])}",
-                    "Resume with what the run was begun with, or start anew without --resume.",
+                    "Resume with what the run was begun with, or delete it to start anew.",
                 )
-        for line in lines[1:]:
-            choices = np.array(line["choices"], int)
-            scores.put(choices, np.array(line["loglikelihoods"]), np.array(line["is_greedy"], bool))
-        self._open("r+b")
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                scores.put(
+                    np.array(line["choices"], int),
+                    np.array(line["loglikelihoods"], float),
+                    np.array(line["is_greedy"], bool),
+                )
+            except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+                raise self._foreign(number) from error
+        if self._file is None:
+            self._open("r+b")
         self._file.truncate(whole)
         self._file.seek(whole)
         return int(scores.done.sum())
@@ -66,47 +117,67 @@ class Journal:
 
     def append(self, scores: ChoiceScores, choices: np.ndarray) -> None:
         """Add the results of a micro-batch."""
-        self._write(
-            {
-                "choices": choices.tolist(),
-                "loglikelihoods": scores.loglikelihoods[choices].tolist(),
-                "is_greedy": scores.is_greedy[choices].tolist(),
-            }
-        )
+        line = {
+            "choices": choices.tolist(),
+            "loglikelihoods": scores.loglikelihoods[choices].tolist(),
+            "is_greedy": scores.is_greedy[choices].tolist(),
+        }
+        try:
+            self._write(line)
+        except OutputError as error:
+            safe = "The answers before are safe: --resume goes on from there."
+            raise OutputError(str(error), f"{error.hint} {safe}") from error
 
     def remove(self) -> None:
         """Nothing is left to resume."""
+        self.path.unlink(missing_ok=True)  # before others may lock it
         self.close()
-        self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Leave it for a later run."""
         if self._file is not None:
             self._file.close()
+            self._file = None
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
-        """Whole lines, and the bytes that they take."""
+        """Whole lines, and the bytes that they take; without one that a kill cut short.
+
+        Raises:
+            UsageError: a line that no run writes there.
+        """
         try:
             content = self.path.read_bytes()
         except OSError as error:
             raise UsageError(f"{self.path}: {error.strerror}") from error
         lines, whole = [], 0
-        for line in content.splitlines(keepends=True):
+        for number, line in enumerate(content.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n") and line.startswith(b"{"):
+                break
             try:
                 lines.append(json.loads(line))
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                lines.pop()
-                break
+            except (ValueError, RecursionError) as error:
+                raise self._foreign(number) from error
             whole += len(line)
+        if lines and not (isinstance(lines[0], dict) and "micro_batch_tokens" in lines[0]):
+            raise self._foreign(1)
         return lines, whole
+
+    def _foreign(self, number: int) -> UsageError:
+        return UsageError(
+            f"{self.path}, line {number}: not what score writes there",
+            "Move it or delete it to score everything again, or give another --samples.",
+        )
 
     def _open(self, mode: str) -> None:
         try:
             self._file = open(self.path, mode, buffering=0)
+            lock(self._file.fileno(), self.path)
+        except FileExistsError as error:
+            raise UsageError(
+                f"{self.path}: another process has made it", "Wait for it, or end it."
+            ) from error
         except OSError as error:
-            raise self._failure(error) from error
+            raise unwritable(self.path, error) from error
 
     def _write(self, line: dict[str, Any]) -> None:
         content = (json.dumps(line) + "\n").encode()
@@ -115,12 +186,7 @@ class Journal:
                 content = content[self._file.write(content) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise self._failure(error) from error
-
-    def _failure(self, error: OSError) -> OutputError:
-        return OutputError(
-            f"{self.path}: cannot be written: {error.strerror}", "Is there space left on the disk?"
-        )
+            raise unwritable(self.path, error) from error
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cupyllama.compare import Comparison
-from cupyllama.parallel.simulate import Simulation, simulate
+from cupyllama.parallel.simulate import Simulation, side_by_side, simulate
 from cupyllama.tasks.question import Question
 from cupyllama.trace import Span
 
@@ -158,11 +158,19 @@ class Report:
         places = [rank.place for rank in self.ranks if "/cpu" not in rank.place]
         if len(self.ranks) == 1 or len(set(places)) < len(places):
             return None
-        # Ranks that share matrices are at the same at any time: one of them stands for all.
-        first = [rank for rank in self.ranks if rank.replica == rank.tensor_rank == 0]
-        links = [rank.link_seconds or 0.0 for rank in first[1:]]
-        stages = [rank.stage_seconds for rank in first]
-        return simulate(stages, links, first[0].micro_batches)
+        replicas: dict[int, list[RankReport]] = {}
+        for rank in self.ranks:
+            # Ranks that share matrices are at the same at any time: one of them stands for all.
+            if rank.tensor_rank == 0:
+                replicas.setdefault(rank.replica, []).append(rank)
+        return side_by_side(
+            simulate(
+                [rank.stage_seconds for rank in stages],
+                [rank.link_seconds or 0.0 for rank in stages[1:]],
+                stages[0].micro_batches,
+            )
+            for stages in replicas.values()
+        )
 
     @property
     def questions_per_second(self) -> float:

@@ -1,6 +1,7 @@
 """`cupyllama score`: read, tokenise, pack, load, evaluate, report."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupyllama.compare import OtherRun, check_questions, compare, read_samples
-from cupyllama.errors import DeviceError, NotFiniteError, UsageError
+from cupyllama.errors import DeviceError, NotFiniteError, OutputError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
 from cupyllama.families import config_fields, family_of
 from cupyllama.files import check_writable, is_special, write_json, write_json_lines
@@ -106,17 +107,21 @@ class Run(Rank):
         if options.dry_run:
             return
         if world.rank == 0:
-            for path in (options.output, options.samples, options.trace):
-                if path is not None:
-                    check_writable(path)
-            if options.samples is not None and not is_special(options.samples):
-                self.journal = Journal(options.samples)
-                if options.resume and options.samples.exists() and not self.journal.path.exists():
-                    raise UsageError(
-                        f"{options.samples}: is finished, there is nothing to resume",
-                        "Leave --resume out to score everything again.",
-                    )
+            self.check_outputs()
         self.begin_load()
+
+    def check_outputs(self) -> None:
+        """Refuse before the run what could lose its results, or an earlier one's."""
+        options = self.options
+        outputs = [path for path in (options.output, options.samples, options.trace) if path]
+        if options.samples is not None and not is_special(options.samples):
+            self.journal = Journal(options.samples)
+            if options.resume:
+                self.journal.check_unfinished(outputs)
+        for path in outputs:
+            check_writable(path)
+        if self.journal is not None:
+            self.journal.claim(options.resume)
 
     def read_questions(self) -> None:
         """Questions to token rows, while weights are loading."""
@@ -174,8 +179,11 @@ class Run(Rank):
             self.say(f"resuming: {count:,} of {len(rows):,} choices are scored already")
         elif self.journal is not None:
             if self.options.resume:
-                self.say(f"{self.journal.path} is not there: scoring everything")
+                self.say(f"{self.journal.path} has no answers: scoring everything")
             self.journal.begin(self.fingerprint())
+        if self.journal is not None and self.world.size > 1:
+            # Open MPI 5 lets nobody say it after Ctrl-C: its launcher reads no stderr any more.
+            self.say(f"answers are kept in {self.journal.path}: --resume goes on after a break")
         self.to_score = ~self.scores.done
         self.weights = self.load.wait()
         self.spans.append(Span("load", None, self.load.began, self.load.ended))
@@ -299,15 +307,35 @@ class Run(Rank):
             ranks=ranks,
             comparison=compare(self.other, answers) if self.other is not None else None,
         )
-        if options.samples is not None:
-            write_json_lines(options.samples, answers.samples())
+        try:
+            self.write(report, answers)
+        except BaseException:
+            with suppress(OutputError, BrokenPipeError):
+                print_now(report.as_text() + "\n")  # there is no report to return
+            raise
+        return report
+
+    def write(self, report: Report, answers: Answers) -> None:
+        """All files that are asked for; the journal is there until all of them are.
+
+        Raises:
+            OutputError: one of them cannot be written.
+        """
+        options = self.options
+        try:
+            if options.samples is not None:
+                write_json_lines(options.samples, answers.samples())
+            if options.output is not None:
+                write_json(options.output, report.as_json())
+            if options.trace is not None:
+                write_trace(options.trace, [(rank.title, rank.spans) for rank in report.ranks])
+        except OutputError as error:
+            if self.journal is None:
+                raise
+            safe = f"All answers are safe in {self.journal.path}: with --resume they are written."
+            raise OutputError(str(error), f"{error.hint} {safe}") from error
         if self.journal is not None:
             self.journal.remove()
-        if options.output is not None:
-            write_json(options.output, report.as_json())
-        if options.trace is not None:
-            write_trace(options.trace, [(rank.title, rank.spans) for rank in ranks])
-        return report
 
     def check_answers(self) -> Answers:
         """Refuse a log-likelihood that is not a number.

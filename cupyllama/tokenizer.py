@@ -10,7 +10,12 @@ from cupyllama.bpe import BPE_FILES, is_bpe_file
 from cupyllama.checkpoint.metaseq_parts import model_directory
 from cupyllama.errors import ModelError
 from cupyllama.hf_tokenizer import HFTokenizer
-from cupyllama.tokenizer_files import added_token_ids, configured_flag, read_file
+from cupyllama.tokenizer_files import (
+    IS_IT_COMPLETE,
+    added_token_ids,
+    configured_flag,
+    read_file,
+)
 
 _PADDED_TO = 8
 _PART = 256
@@ -58,7 +63,8 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             raise ModelError(
                 f"{path}: not a SentencePiece model",
-                "LLaMA 3 ships a tiktoken file under this name: use its tokenizer.json.",
+                f"{IS_IT_COMPLETE} LLaMA 3 ships a tiktoken file under this name: use its "
+                "tokenizer.json.",
             ) from error
         pieces = self._processor.GetPieceSize()
         self.size = max([pieces, *(1 + token_id for token_id in added_token_ids(path))])

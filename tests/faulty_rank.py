@@ -2,14 +2,16 @@
 
     mpirun -n 4 python faulty_rank.py RANK FAULT WHEN -- score …
 
-RANK -1 means no fault. FAULT: kill, raise, interrupt, full-disk. WHEN: load, or the number of the
-micro-batch that the rank is at.
+RANK -1 means no fault. FAULT: kill, raise, interrupt, terminate, stuck, full-disk. WHEN: load, or
+the number of the micro-batch that the rank is at.
 """
 
+import hashlib
 import os
 import resource
 import signal
 import sys
+import threading
 
 from cupyllama import loading
 from cupyllama.cli import cli
@@ -27,6 +29,11 @@ def happen() -> None:
         raise RuntimeError("a fault for the test")
     if fault == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
+    if fault == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if fault == "stuck":  # in C, for minutes: Python's own handlers wait for its end
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 28)
     if fault == "full-disk":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))

@@ -1,6 +1,7 @@
 """`cupyllama bench generate`: what it counts, marks, prints and draws; no GPU is needed for it."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,6 +125,38 @@ def test_a_batch_without_memory_is_marked_and_the_sweep_goes_on(
     assert result.stdout.splitlines()[3].split()[:5] == ["float16", "8", "out", "of", "memory"]
 
 
+def test_a_sweep_that_is_interrupted_leaves_its_points(pretended_gpu, monkeypatch, tmp_path):
+    path, measure = tmp_path / "out.json", generate.Run.seconds
+
+    def seconds(run, *given):
+        if run.batch_size == 3:
+            assert json.loads(path.read_text())["unfinished"] is True
+            raise KeyboardInterrupt
+        return measure(run, *given)
+
+    arguments = ["--shape", "tiny", "--batch-sizes", "1,2,3", "--new-tokens", 3, "--json", path]
+    whole = bench(*arguments[:3], "1,2", *arguments[4:])
+    assert whole.exit_code == 0 and "unfinished" not in path.read_text()
+    monkeypatch.setattr(generate.Run, "seconds", seconds)
+    assert bench(*arguments).exit_code == 130
+    measured = json.loads(path.read_text())
+    assert measured["unfinished"] is True and measured["bench"] == "generate"
+    (setting,) = measured["settings"]
+    assert [run["batch_size"] for run in setting["runs"]] == [1, 2]
+    assert setting["runs"][1]["tokens_per_second"] > 0
+
+
+def test_json_to_a_pipe_is_written_once(pretended_gpu, tmp_path):
+    path = tmp_path / "out.json"
+    path.touch()
+    number = os.open(path, os.O_WRONLY | os.O_APPEND)
+    arguments = ["--batch-sizes", "1,2", "--new-tokens", 3, "--json", f"/dev/fd/{number}"]
+    result = bench("--shape", "tiny", *arguments)
+    os.close(number)
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(path.read_text())["settings"][0]["runs"]) == 2
+
+
 def test_a_query_may_have_one_new_token(pretended_gpu, tmp_path):
     measured, _ = measured_by(tmp_path, "--shape", "tiny", "--batch-sizes", 2, "--new-tokens", 1)
     assert not measured["settings"][0]["runs"][0]["out_of_memory"]
@@ -143,7 +176,7 @@ def test_the_floor_of_opt_30b_by_hand():
     ]:
         found = generate.floor_bytes(config, np.dtype(np.float16), kind, 2, 5, 3)
         assert found == bytes_of + 2 * (vectors + vocab * hidden) + 2 * 6 * key
-    # 60 GB at 3 TB/s are 20 ms: the seed's two A100 take 23
+    # 60 GB at 3 TB/s are 20 ms: a published system on two A100s takes 23
     assert (
         0.0195 < generate.floor_bytes(config, np.dtype(np.float16), None, 1, 4, 256) / 3e12 < 0.0205
     )

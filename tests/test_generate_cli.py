@@ -185,7 +185,7 @@ def test_top_k_and_top_p_draw_without_a_temperature():
     drawn = {text_of("--prompt", PROMPTS[0], "--top-p", 0.99, "--seed", s) for s in range(3)}
     assert len(drawn) == 3 and greedy not in drawn
     assert text_of("--prompt", PROMPTS[0], "--top-k", 1) == greedy
-    assert text_of("--prompt", PROMPTS[0], "--temperature", 0, "--top-p", 0.5) == greedy
+    assert text_of("--prompt", PROMPTS[0], "--temperature", 0) == greedy
 
 
 def test_a_repetition_penalty_changes_what_comes():
@@ -242,6 +242,15 @@ def test_usage(tmp_path, prompts_file):
         for value in ("1", "0") if flag in ("temperature", "seed") else ("1",):
             result = generate("--prompt", "a", "--beam-width", 2, f"--{flag}", value)
             is_usage(result, f"--beam-width searches for the likeliest text, and --{flag} is")
+    for flag in ("top-k", "top-p", "seed"):
+        result = generate("--prompt", "a", "--temperature", 0, f"--{flag}", 1)
+        is_usage(result, f"--temperature 0 takes the most likely token, and --{flag} is for draws")
+    for more in ([], ["--repetition-penalty", 2]):
+        result = generate("--prompt", "a", "--seed", 0, *more)
+        is_usage(result, "--seed is for draws, and without --temperature, --top-k or --top-p the")
+    for size in (1, 32):
+        result = generate("--prompt", "a", "--beam-width", 2, "--batch-size", size)
+        is_usage(result, "--beam-width answers one prompt after the other, and --batch-size is for")
     for option in (
         *(["--temperature", "-1"], ["--temperature", "hot"], ["--top-k", "0"], ["--top-p", "0"]),
         *(["--top-p", "1.1"], ["--repetition-penalty", "0"], ["--seed", "-1"]),
@@ -404,11 +413,15 @@ def test_what_is_whole_outlives_a_run_that_ends_early(prompts_file, tmp_path):
     whole = text_of_file("--prompts", prompts_file, path=path)
     assert [record["tokens"] for record in whole] == [66, 56, 58] and not partial.exists()
     path.write_text("an earlier run\n")
+    partial.touch()  # of a run that ended before its first answer was whole
     for number in (signal.SIGKILL, signal.SIGINT):
-        partial.write_text("what another one left\n" * 100)
         result = ended_early(number, prompts_file, "--output", path)
         assert records_of(partial) == whole[1:]
         assert path.read_text() == "an earlier run\n" and result.stdout == ""
+        again = generate("--prompts", prompts_file, "--output", path)
+        fails(again, 2, f"{partial}: has answers of a run that has not ended", "delete it")
+        assert records_of(partial) == whole[1:]
+        partial.unlink()
     assert result.returncode == 130
     assert result.stderr == f"{partial} has 2 answers of 3\ncupyllama: interrupted\n"
     assert text_of_file("--prompts", prompts_file, path=path) == whole and not partial.exists()
@@ -787,6 +800,18 @@ def test_a_rank_that_ends_in_mid_answer_ends_all(rank, fault, exit_codes, messag
     assert time.monotonic() - begin < 30
     assert result.returncode in exit_codes
     assert result.said == [f"cupyllama: {message}"], result.stderr
+
+
+@needs_mpirun
+def test_a_rank_that_is_killed_in_mid_run_leaves_what_is_whole(prompts_file, tmp_path):
+    prompts_file.write_text("A dog\nShe pours\nThe man on\n")
+    path = tmp_path / "out.jsonl"
+    fault = FAULT.replace("== 5", "== 60").format(rank=1, fault=KILL)
+    result = mpirun(2, "--prompts", prompts_file, "--output", path, fault=fault)
+    assert result.said == ["cupyllama: rank 1: was killed or crashed"], result.stderr
+    assert f"\n  Answers that were whole, if any, are in {path}.partial.\n" in result.stderr
+    found = [record["prompt"] for record in records_of(tmp_path / "out.jsonl.partial")]
+    assert found == ["She pours", "The man on"]
 
 
 @needs_mpirun

@@ -1,13 +1,16 @@
 """The journal: what was answered is there after a kill at any byte."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cupyllama import files
 from cupyllama.cli import cli
-from cupyllama.errors import UsageError
+from cupyllama.errors import OutputError, UsageError
 from cupyllama.evaluate import ChoiceScores
 from cupyllama.journal import Journal
 
@@ -75,6 +78,52 @@ def test_nothing_to_resume(tmp_path):
     assert journal.settings() is None
 
 
+def test_one_run_at_a_time(written, tmp_path):
+    first, second = Journal(tmp_path / "s.jsonl"), Journal(tmp_path / "s.jsonl")
+    first.claim(resume=True)
+    for resume in (True, False):
+        with pytest.raises(UsageError, match="s.jsonl.partial: another process is writing it"):
+            second.claim(resume)
+        second.close()
+    first.remove()
+    second.claim(resume=False)  # nothing is there yet
+    first.begin(SETTINGS)
+    with pytest.raises(UsageError, match="s.jsonl.partial: another process has made it"):
+        second.begin(SETTINGS)
+    first.append(scored({5: -2.0}), np.array([5]))
+    first.close()
+    second.claim(resume=True)
+    assert second.resume(SETTINGS, ChoiceScores.empty(6, 64)) == 1
+    second.close()
+
+
+def test_a_file_system_without_locks(written, tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    journal = Journal(tmp_path / "s.jsonl")
+    journal.claim(resume=True)
+    assert journal.resume(SETTINGS, ChoiceScores.empty(6, 64)) == 3
+    journal.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_disk_that_is_full_in_mid_run(tmp_path):
+    journal = Journal(tmp_path / "s.jsonl")
+    journal.begin(SETTINGS)
+    journal.append(scored({1: -7.25}), np.array([1]))
+    journal.close()
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OutputError) as error:
+        journal._file = full
+        journal.append(scored({5: -2.0}), np.array([5]))
+    assert str(error.value).endswith("s.jsonl.partial: cannot be written: No space left on device")
+    assert "answers before are safe: --resume goes on" in error.value.hint
+    journal._file = None
+    assert journal.resume(SETTINGS, ChoiceScores.empty(6, 64)) == 1
+    journal.close()
+
+
 def test_a_line_is_json_a_person_can_read(written):
     assert json.loads(written.splitlines()[2]) == {
         "choices": [1],
@@ -86,6 +135,72 @@ def test_a_line_is_json_a_person_can_read(written):
 def demo(*arguments):
     options = ("--demo", "--device", "cpu", "--limit", 12, "--micro-batch-tokens", 128)
     return CliRunner().invoke(cli, ["score", *map(str, options + arguments)])
+
+
+def broken_run(tmp_path, monkeypatch):
+    """What a run of `demo` leaves that was killed behind two micro-batches."""
+    samples, partial = tmp_path / "s.jsonl", tmp_path / "s.jsonl.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda journal: None)
+        assert demo("--samples", samples).exit_code == 0
+    samples.unlink()
+    partial.write_bytes(b"".join(partial.read_bytes().splitlines(keepends=True)[:3]))
+    return samples, partial
+
+
+def test_answers_of_a_broken_run_are_not_lost_without_resume(tmp_path, monkeypatch):
+    samples, partial = broken_run(tmp_path, monkeypatch)
+    content = partial.read_bytes()
+    again = demo("--samples", samples)
+    assert again.exit_code == 2 and again.stdout == ""
+    assert again.stderr == (
+        f"cupyllama: {partial}: has answers of a run that has not ended\n"
+        "  Go on with it by --resume, or delete it to score everything again.\n"
+    )
+    assert partial.read_bytes() == content and not samples.exists()
+    for begun in (content.splitlines(keepends=True)[0], content[:40], b""):  # none to lose
+        partial.write_bytes(begun)
+        assert demo("--samples", samples).exit_code == 0
+        assert os.listdir(tmp_path) == ["s.jsonl"]
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        *((b"[]\n", 1), (b"[]", 1), (b'{"a": 1}\n', 1), (b"Dear diary,\n", 1), (b"Dear diary", 1)),
+        *((b"[" * 100_000 + b"\n", 1), (b'{"a\n', 1)),
+    ],
+)
+def test_a_file_that_is_no_journal_stays(content, line, resume, tmp_path):
+    samples, partial = tmp_path / "s.jsonl", tmp_path / "s.jsonl.partial"
+    partial.write_bytes(content)
+    result = demo("--samples", samples, *resume)
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    assert f"{partial}, line {line}: not what score writes there" in result.stderr
+    assert "delete it" in result.stderr and "Traceback" not in result.stderr
+    assert partial.read_bytes() == content and not samples.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"[]", b"Dear diary", b"{}", b'{"choices": [0], "loglikelihoods": [1]}'),
+        b'{"choices": [100000], "loglikelihoods": [-1.0], "is_greedy": [true]}',
+        b'{"choices": [0, 1], "loglikelihoods": [-1.0, -2.0, -3.0], "is_greedy": [true]}',
+        b'{"choices": [1e99], "loglikelihoods": [-1.0], "is_greedy": [true]}',
+        b'{"choices": [0], "loglikelihoods": ["much"], "is_greedy": [true]}',
+    ],
+)
+def test_a_line_without_answers_is_named(line, tmp_path, monkeypatch):
+    samples, partial = broken_run(tmp_path, monkeypatch)
+    with partial.open("ab") as file:
+        file.write(line + b"\n")
+    content = partial.read_bytes()
+    result = demo("--samples", samples, "--resume")
+    assert result.exit_code == 2, result.output
+    assert f"{partial}, line 4: not what score writes there" in result.stderr
+    assert partial.read_bytes() == content
 
 
 def test_a_resumed_run_counts_what_it_did_itself(tmp_path, monkeypatch):
@@ -112,5 +227,41 @@ def test_a_finished_run_is_not_scored_again(tmp_path):
     assert demo("--samples", samples).exit_code == 0
     before = samples.read_bytes()
     again = demo("--samples", samples, "--resume", "--quantize", "fp8")
-    assert again.exit_code == 2 and "s.jsonl: is finished" in again.stderr
+    # A job that a queue starts again has nothing left to do, and did not fail.
+    assert (again.exit_code, again.stdout) == (0, "")
+    assert again.stderr.startswith(f"cupyllama: {samples}: is finished, there is nothing to resume")
+    for flag in ("--output", "--trace"):
+        other = demo("--samples", samples, "--resume", flag, tmp_path / "other.json")
+        assert other.exit_code == 2 and other.stdout == ""
+        assert f"other.json: is not there, though {samples} is finished" in other.stderr
+    assert samples.read_bytes() == before and os.listdir(tmp_path) == ["s.jsonl"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("full", ["--output", "--trace"])
+def test_a_file_that_cannot_be_written_costs_no_answers(full, tmp_path):
+    """The disk is full at the end of a run."""
+    samples, partial = tmp_path / "s.jsonl", tmp_path / "s.jsonl.partial"
+    paths = {"--output": tmp_path / "r.json", "--trace": tmp_path / "t.json"}
+    arguments = [argument for pair in (paths | {full: "/dev/full"}).items() for argument in pair]
+    result = demo("--samples", samples, *arguments)
+    assert result.exit_code == 1 and "* acc_norm" in result.stdout
+    assert "/dev/full: cannot be written: No space left on device" in result.stderr
+    assert f"{partial}: with --resume they are written" in result.stderr
+    assert partial.exists()
+    before = samples.read_bytes()
+    samples.unlink()
+    arguments = [argument for pair in paths.items() for argument in pair]
+    again = demo("--samples", samples, *arguments, "--resume")
+    assert again.exit_code == 0, again.output
+    lines = result.stdout.splitlines()[:8]
+    assert again.stdout.splitlines()[:8] == lines and lines[4].startswith("  acc ")
     assert samples.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["r.json", "s.jsonl", "t.json"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_without_samples_the_table_is_what_is_left(tmp_path):
+    result = demo("--output", "/dev/full")
+    assert result.exit_code == 1 and "* acc_norm" in result.stdout
+    assert "/dev/full: cannot be written" in result.stderr and "--resume" not in result.stderr

@@ -156,8 +156,38 @@ def test_parts_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ModelError, match="consolidated.01.pth: no such file"):
         open_checkpoint(directory)
     (directory / "consolidated.02.pth").unlink()
-    with pytest.raises(ModelError, match=r"config.json makes it|is \[.*no number of heads"):
+    for refuse in (load_config, open_checkpoint):
+        with pytest.raises(ModelError, match="has 1 of 2 parts: consolidated.00.pth$") as error:
+            refuse(directory)
+        assert error.value.hint.startswith("Is the download complete? params.json has dim 128, and")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_last_parts_that_are_missing_are_counted(axis, tmp_path):
+    """Of LLaMA 3 the embedding has whole rows in each part, so that its shape tells nothing."""
+    directory = meta("llama1", tmp_path, 4, axis)
+    (directory / "consolidated.03.pth").unlink()
+    names = ", ".join(f"consolidated.0{number}.pth" for number in range(3))
+    for _ in range(2):
+        with pytest.raises(ModelError, match=f"has 3 of 4 parts: {names}$"):
+            open_stage(directory)
+        (directory / "config.json").write_text(json.dumps(TINY_MODELS["llama1"]))
+
+
+def test_params_of_another_model_are_no_missing_parts(tmp_path):
+    directory = meta("llama1", tmp_path, dim=256, n_heads=8, n_kv_heads=8)
+    with pytest.raises(ModelError, match="embed_tokens") as error:
         open_stage(directory)
+    assert "parts" not in str(error.value)
+
+
+def test_missing_params_are_named(tmp_path):
+    directory = meta("llama1", tmp_path, 2)
+    (directory / "params.json").unlink()
+    for refuse in (load_config, open_checkpoint):
+        with pytest.raises(ModelError, match="params.json: No such file") as error:
+            refuse(directory)
+        assert error.value.hint == "Is the download complete?"
 
 
 def test_tensors_of_another_family_are_named(tmp_path):

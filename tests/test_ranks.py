@@ -159,6 +159,8 @@ FAULTS = [
     ("2", "raise", "load", 6, "rank 2: RuntimeError: a fault for the test"),
     ("2", "raise", "6", 6, "rank 2: RuntimeError: a fault for the test"),
     ("1", "interrupt", "6", 130, "rank 1: interrupted"),
+    ("0", "terminate", "6", 143, "cupyllama: ended by the launcher"),
+    ("0", "stuck", "6", 143, "cupyllama: ended by the launcher"),
     ("0", "full-disk", "6", 1, "samples.jsonl.partial: cannot be written: File too large"),
 ]
 
@@ -174,12 +176,32 @@ def test_a_fault_ends_all_and_resume_completes(
     assert not samples.exists()
     said = our_lines(result)
     assert len(said) == 1 and said[0].endswith(message), result.stderr
+    if fault in ("kill", "interrupt", "terminate", "stuck"):
+        assert "\n  With --samples, --resume goes on from there.\n" in result.stderr
     # Open MPI ends with what it makes of the first process that failed: 128 + SIGKILL, not ours.
     assert result.returncode in ((exit_code, 137) if fault == "kill" else (exit_code,))
     again = mpirun(2, *demo("--samples", samples, "--resume"))
     assert again.returncode == 0, again.stderr
     assert samples.read_text() == alone
     assert os.listdir(tmp_path) == ["samples.jsonl"]
+
+
+def test_a_file_that_cannot_be_written_costs_no_answers(tmp_path):
+    samples, few = tmp_path / "s.jsonl", ["--limit", "20", "--micro-batch-tokens", "256"]
+    few = ["score", "--demo", "--device", "cpu", *few, "--samples", samples, "--trace"]
+    result = mpirun(2, *few, "/dev/full")
+    assert result.returncode == 1 and result.stdout.count("* acc_norm") == 1
+    said = our_lines(result)
+    assert len(said) == 1 and "/dev/full: cannot be written: No space" in said[0], result.stderr
+    kept = f"answers are kept in {samples}.partial: --resume goes on after a break"
+    assert kept in result.stderr.splitlines()
+    again = mpirun(2, *few, tmp_path / "t.json", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[4:8] == result.stdout.splitlines()[4:8]
+    nothing = mpirun(2, *few, tmp_path / "t.json", "--resume")
+    assert (nothing.returncode, nothing.stdout) == (0, "")
+    assert len(said := our_lines(nothing)) == 1 and "s.jsonl: is finished" in said[0]
+    assert sorted(os.listdir(tmp_path)) == ["s.jsonl", "t.json"]
 
 
 def test_interrupting_the_launcher_leaves_nobody(tmp_path):

@@ -13,8 +13,9 @@ import pytest
 from cupyllama.compare import Comparison, LoglikelihoodChange, PickChange
 from cupyllama.errors import OutputError
 from cupyllama.files import check_writable, write_json, write_json_lines
-from cupyllama.report import Answers, Metric, Report
+from cupyllama.report import Answers, Metric, RankReport, Report
 from cupyllama.tasks.question import Question
+from cupyllama.trace import Span
 
 QUESTIONS = [
     Question("a", ("xx", "yyyy"), 1),  # per character the longer one wins
@@ -125,32 +126,35 @@ def test_a_comparison_says_each_number_under_its_own_name():
     }
 
 
+REPORT = {
+    "task": "t",
+    "metrics": {"acc": Metric(0.25, 0.05), "acc_norm": Metric(0.5, math.nan)},
+    "headline": "acc_norm",
+    "questions": 30,
+    "questions_in_file": 100,
+    "questions_scored": 30,
+    "tokens_asked": 9000,
+    "tokens_computed": 4000,
+    "truncated_rows": 3,
+    "seconds": {"loading": 2.0, "preparing": 3.0, "evaluating": 5.0},
+    "total_seconds": 60.0,
+    "settings": {
+        "model": "m",
+        "convention": "c",
+        "bos": True,
+        "dtype": "d",
+        "quantize": "none",
+        "device": "p",
+    },
+    "digests": {"model": "x"},
+    "versions": {"python": "3"},
+    "date": 123.0,
+    "ranks": [SimpleNamespace(busy=0.75, place="host/cpu", as_json=dict)],
+}
+
+
 def test_the_report_says_each_number_under_its_own_name():
-    report = Report(
-        task="t",
-        metrics={"acc": Metric(0.25, 0.05), "acc_norm": Metric(0.5, math.nan)},
-        headline="acc_norm",
-        questions=30,
-        questions_in_file=100,
-        questions_scored=30,
-        tokens_asked=9000,
-        tokens_computed=4000,
-        truncated_rows=3,
-        seconds={"loading": 2.0, "preparing": 3.0, "evaluating": 5.0},
-        total_seconds=60.0,
-        settings={
-            "model": "m",
-            "convention": "c",
-            "bos": True,
-            "dtype": "d",
-            "quantize": "none",
-            "device": "p",
-        },
-        digests={"model": "x"},
-        versions={"python": "3"},
-        date=123.0,
-        ranks=[SimpleNamespace(busy=0.75, place="host/cpu", as_json=dict)],
-    )
+    report = Report(**REPORT)
     found = report.as_json()
     assert found["n-samples"] == {"t": {"original": 100, "effective": 30}}
     assert found["results"]["t"] == {
@@ -173,6 +177,33 @@ def test_the_report_says_each_number_under_its_own_name():
     assert compared.as_json()["cupyllama"]["comparison"]["picks"]["acc"]["p_value"] == 0.0703125
     # after all that was there before, which it does not change
     assert compared.as_text() == f"{text}\n\n{COMPARISON.as_text()}"
+
+
+def rank_report(number, replica, tensor_rank, micro_batches, seconds):
+    """Of a rank that computes a micro-batch a second in a run of so many seconds."""
+    return RankReport(
+        rank=number,
+        replica=replica,
+        layers=(0, 6),
+        device="d",
+        bytes_read=0,
+        micro_batches=micro_batches,
+        busy=micro_batches / seconds,
+        place=f"host/{number}",
+        link_seconds=None,
+        spans=[Span("compute", i, i, i + 1) for i in range(micro_batches)],
+        tensor_rank=tensor_rank,
+        tensor_parallel=2,
+    )
+
+
+def test_both_bubbles_are_of_all_replicas():
+    """Two of one stage, of which the second has one micro-batch to the first one's three."""
+    ranks = [rank_report(2 * r + t, r, t, (3, 1)[r], 4.0) for r in range(2) for t in range(2)]
+    report = REPORT | {"ranks": ranks}
+    text, found = Report(**report).as_text(), Report(**report).as_json()["cupyllama"]
+    assert "bubble 50.0%; simulated 33.3%, 3.0 s" in text  # 1 - 8/16, and 1 - 4/6
+    assert (found["bubble"], found["simulated_seconds"]) == (0.5, 3.0)
 
 
 def test_files_are_replaced_whole(tmp_path):

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import resource
+import signal
 import stat
 import threading
 from pathlib import Path
@@ -114,6 +116,21 @@ def test_nobody_reads_what_an_open_file_leads_to(tmp_path):
     with pytest.raises(BrokenPipeError):  # which ends a command without a word
         write_json_lines(Path(f"/dev/fd/{writing}"), [{"a": 1}])
     os.close(writing)
+
+
+def test_a_full_disk_is_found_before_the_run(tmp_path):
+    """It has room for a file of no bytes; the limit on file sizes stands in for it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        (tmp_path / "empty").touch()
+        with pytest.raises(OutputError, match="r.json: cannot be written: File too large") as error:
+            check_writable(tmp_path / "r.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "space left" in error.value.hint and os.listdir(tmp_path) == ["empty"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes device nodes")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cupyllama.parallel.simulate import simulate
+from cupyllama.parallel.simulate import side_by_side, simulate
 
 
 def test_one_stage_has_no_bubble():
@@ -42,6 +42,14 @@ def test_a_buffer_is_used_again_only_when_it_has_been_sent_on():
     assert run.seconds == pytest.approx(1 + 1 + 12)
     # With a link of 5, number 2 leaves the link at 1 + 5 · 3, and is computed by 20.
     assert simulate([1.0, 4.0], [5.0], 3).seconds == pytest.approx(1 + 15 + 4)
+
+
+def test_replicas_side_by_side_end_with_the_last_one():
+    # 4 + 1 against 3 + 1: of 2 · 2 · 5 stage seconds, 8 + 6 are computed
+    run = side_by_side(simulate([1.0, 1.0], [0.0], count) for count in (4, 3))
+    assert run.seconds == 5 and run.busy == [4, 4, 3, 3]
+    assert run.bubble == pytest.approx(1 - 14 / 20)
+    assert side_by_side([simulate([1.0], [], 0), simulate([1.0], [], 2)]).bubble == 0.5
 
 
 def test_nothing_to_do():

@@ -253,6 +253,12 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(ModelError, match="not a SentencePiece model") as error:
         load_tokenizer(tmp_path)
     assert "tokenizer.json" in error.value.hint
+    whole = write_tokenizer(tmp_path).read_bytes()
+    for content in (b"", whole[:100], whole[:-3]):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ModelError, match="tokenizer.model: not a SentencePiece model") as error:
+            load_tokenizer(tmp_path)
+        assert error.value.hint.startswith("Is the download complete?")
     with pytest.raises(ModelError, match="nowhere.json: No such file") as error:
         load_tokenizer(tmp_path, tmp_path / "nowhere.json")
     assert error.value.hint

@@ -46,6 +46,7 @@ def measure_generate(
     quantize: Sequence[str],
     repeats: int,
     world: World | None = None,
+    on_run: Callable[[dict[str, Any]], None] = lambda measured: None,
 ) -> dict[str, Any]:
     """Every batch size at every quantization, `repeats` times.
 
@@ -55,6 +56,7 @@ def measure_generate(
         quantize: of none, fp8, int8.
         world: of ranks that share the matrices; None: they are whole. The floor is then of the
             bytes that each of them reads.
+        on_run: called after each batch size with all that was measured so far.
 
     Raises:
         UsageError: the model has fewer positions, or heads that the ranks cannot share.
@@ -80,13 +82,25 @@ def measure_generate(
         _check_device(device, shape, config, storage, kind)
     rate = copy_rate() if device.kind == "cuda" else host_copy_rate()
     Stage = family_of(config).model.Stage  # noqa: N806
-    settings = []
+    settings: list[dict[str, Any]] = []
+    measured = result(
+        "generate",
+        device,
+        shape=shape,
+        dtype=dtype,
+        tensor_parallel=world.size,
+        prompt_len=prompt_len,
+        new_tokens=new_tokens,
+        copy_bytes_per_second=rate,
+        settings=settings,
+    )
     steps = len(kinds) * len(batch_sizes) * repeats * new_tokens
     quiet = None if world.rank == 0 else True  # None: on a terminal only
     with tqdm(total=steps, unit="step", desc=shape, disable=quiet) as bar:
         for kind in kinds:
             weights = random_stage(config, storage, device.ops, 1, quantize=kind).weights
-            runs = []
+            runs: list[dict[str, Any]] = []
+            settings.append({"quantize": kind, "runs": runs})
             for batch_size in batch_sizes:
                 bar.set_postfix_str(f"{kind or dtype}, batch {batch_size:,}")
                 stage = Stage(config, weights, decode_ops(device), prompt_len + new_tokens, group)
@@ -99,20 +113,10 @@ def measure_generate(
                 floor = floor_bytes(config, storage, kind, batch_size, prompt_len, new_tokens)
                 least = floor / rate
                 runs.append(figures(batch_size, new_tokens, seconds, least, peak))
-            settings.append({"quantize": kind, "runs": runs})
+                on_run(measured)
             del weights
             device.ops.release_memory()
-    return result(
-        "generate",
-        device,
-        shape=shape,
-        dtype=dtype,
-        tensor_parallel=world.size,
-        prompt_len=prompt_len,
-        new_tokens=new_tokens,
-        copy_bytes_per_second=rate,
-        settings=settings,
-    )
+    return measured
 
 
 class Run:

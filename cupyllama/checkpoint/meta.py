@@ -13,13 +13,14 @@ from math import prod
 from pathlib import Path
 
 from cupyllama.checkpoint.joined import JoinedTensor, misfit
-from cupyllama.checkpoint.meta_params import PARAMS, read_params
+from cupyllama.checkpoint.meta_params import PARAMS, MetaParams, read_params
 from cupyllama.checkpoint.pytorch import file_tensors
 from cupyllama.checkpoint.source import INCOMPLETE, Tensor
 from cupyllama.config_llama import LlamaConfig
 from cupyllama.errors import ModelError
 
 _PARTS = "consolidated.*.pth"
+_QUERY = "layers.0.attention.wq.weight"  # (dim / parts, dim), in every model
 _MOST_PARTS = 8
 
 
@@ -56,22 +57,22 @@ _LAYER = re.compile(r"^layers\.(\d+)\.")
 
 
 def has_meta(directory: Path) -> bool:
-    """Whether the directory has weights in this form."""
-    return (directory / PARAMS).is_file() and any(directory.glob(_PARTS))
+    """Whether the directory has weights in this form; params.json may be missing."""
+    return any(directory.glob(_PARTS))
 
 
 def load_meta_config(directory: Path) -> LlamaConfig:
     """params.json as a config, with what only the weights can tell.
 
     Raises:
-        ModelError: params.json or the first part is missing, broken or not supported.
+        ModelError: params.json or a part is missing, or it or the first is broken or not supported.
     """
-    parts = _parts(directory)
+    parts, params = _parts(directory), read_params(directory)
     tensors = file_tensors(parts[0])
+    _check_count(parts, tensors, params)
     embedding = tensors.get(_EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError(f"{parts[0]}: has no {_EMBEDDING}", INCOMPLETE)
-    params = read_params(directory)
     rows, columns = embedding.shape
     # Split along the vocabulary if each part has whole rows (LLaMA 3), else along the row.
     vocabulary = rows * len(parts) if columns == params.dim else rows
@@ -87,6 +88,7 @@ def directory_tensors(directory: Path) -> Mapping[str, Tensor]:
     paths = _parts(directory)
     params = read_params(directory)
     parts = [file_tensors(path) for path in paths]
+    _check_count(paths, parts[0], params)
     tensors: dict[str, Tensor] = {}
     for name in parts[0]:
         rule = _rule(name, paths[0])
@@ -119,6 +121,22 @@ def _parts(directory: Path) -> list[Path]:
     if not 1 <= len(found) <= _MOST_PARTS:
         raise ModelError(f"{directory}: has {len(found)} files {_PARTS}; 1 to 8 are supported")
     return found
+
+
+def _check_count(paths: list[Path], first: Mapping[str, Tensor], params: MetaParams) -> None:
+    """Refuse fewer parts than the first of them is one of.
+
+    Raises:
+        ModelError: saying how many there should be.
+    """
+    shape = first[_QUERY].shape if _QUERY in first else ()
+    if len(shape) != 2 or shape[1] != params.dim or not 0 < len(paths) * shape[0] < params.dim:
+        return
+    found = ", ".join(path.name for path in paths)
+    raise ModelError(
+        f"{paths[0].parent}: has {len(paths)} of {params.dim // shape[0]} parts: {found}",
+        f"{INCOMPLETE} {PARAMS} has dim {params.dim}, and {_QUERY} {shape[0]} rows a part.",
+    )
 
 
 def _rule(name: str, path: Path) -> _Rule | None:

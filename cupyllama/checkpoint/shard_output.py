@@ -4,7 +4,6 @@ Everything is written beside the output, in OUT.partial, and renamed at the end.
 grows with every finished stage file, so that an interrupted run can be taken up again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from cupyllama.checkpoint.sharded import (
 )
 from cupyllama.checkpoint.stage_writer import sync_directory
 from cupyllama.errors import ModelError, OutputError, UsageError
-from cupyllama.files import write_json
+from cupyllama.files import lock, write_json
 
 _UNFINISHED = "manifest.partial.json"
 
@@ -58,13 +57,7 @@ def locked(partial: Path) -> Iterator[None]:
     partial.mkdir(exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UsageError(
-            f"{partial}: another process is writing it", "Wait for it, or end it."
-        ) from error
-    try:
+        lock(descriptor, partial)
         yield
     finally:
         os.close(descriptor)

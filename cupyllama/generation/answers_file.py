@@ -1,7 +1,7 @@
 """Answers on disk: each as soon as it is whole, and all of them in order in the end.
 
 `FILE.partial` lies beside the file while a run is under way, with a line for each answer, in the
-order in which they ended. A run that ends early leaves it there.
+order in which they ended. A run that ends early leaves it there, and no other writes over it.
 """
 
 import json
@@ -9,10 +9,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cupyllama.errors import OutputError
+from cupyllama.errors import OutputError, UsageError
 from cupyllama.files import is_special, write_json_lines
 from cupyllama.generation.answers import Answer
 from cupyllama.generation.prompts import PromptText
+
+
+def partial_of(path: Path) -> Path:
+    """FILE.partial of what --output names: beside what a link points to."""
+    target = path.resolve()
+    return target.with_name(f"{target.name}.partial")
+
+
+def check_partial(path: Path) -> None:
+    """Refuse before the run what would write over the answers of another.
+
+    Raises:
+        UsageError: FILE.partial has some.
+    """
+    partial = partial_of(path)
+    if not is_special(path) and partial.is_file() and partial.stat().st_size:
+        raise UsageError(
+            f"{partial}: has answers of a run that has not ended",
+            "Move it to keep them, or delete it; or give another --output.",
+        )
 
 
 class AnswersFile:
@@ -26,8 +46,7 @@ class AnswersFile:
         answers: Sequence[Answer],
     ):
         self._path, self._prompts, self._rows, self._answers = path, prompts, rows, answers
-        target = path.resolve()  # beside what a link points to
-        self._partial = target.with_name(f"{target.name}.partial")
+        self._partial = partial_of(path)
         self._is_special = is_special(path)
         self._file: Any = None
         self._kept = 0
@@ -74,7 +93,7 @@ class AnswersFile:
         }
 
     def _append(self, record: dict[str, Any]) -> None:
-        """The first one of a run replaces what an earlier run left.
+        """The first one of a run makes the file.
 
         Without fsync: it outlives this process, and waiting for the disk would take longer than the
         next tokens.

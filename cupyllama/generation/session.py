@@ -42,15 +42,18 @@ class SessionOptions:
 
 
 @contextmanager
-def open_session(options: SessionOptions) -> Iterator["Session"]:
+def open_session(options: SessionOptions, remedy: str = "") -> Iterator["Session"]:
     """A session, together with the other ranks if a launcher started several.
 
     Between `engine` and the end, work in `session.world.alone()`: others wait for this rank.
 
+    Args:
+        remedy: as `open_world` takes it.
+
     Raises:
         CupyllamaError: whatever the user can mend, each with its exit code.
     """
-    world = open_world()
+    world = open_world(remedy)
     session = Session(options, world)
     try:
         with world.together():

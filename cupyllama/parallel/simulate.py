@@ -1,6 +1,6 @@
 """The pipeline's schedule on paper: what a run takes, from the times of its stages and links."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cupyllama.parallel.channels import SLOTS
@@ -8,15 +8,23 @@ from cupyllama.parallel.channels import SLOTS
 
 @dataclass(frozen=True)
 class Simulation:
-    """One pipeline's run."""
+    """A run of one pipeline, or of several side by side."""
 
     seconds: float
-    busy: list[float]  # seconds that each stage computes
+    busy: list[float]  # seconds that each stage of each pipeline computes
 
     @property
     def bubble(self) -> float:
         """The share of all stages' time in which they have nothing to compute."""
         return 1 - sum(self.busy) / (len(self.busy) * self.seconds) if self.seconds else 0.0
+
+
+def side_by_side(runs: Iterable[Simulation]) -> Simulation:
+    """Pipelines that begin together, as one run: it ends with the last of them."""
+    runs = list(runs)
+    return Simulation(
+        max(run.seconds for run in runs), [seconds for run in runs for seconds in run.busy]
+    )
 
 
 def simulate(

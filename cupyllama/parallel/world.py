@@ -26,6 +26,10 @@ _LEAVE_TO_OTHERS = 2.0
 
 INTERRUPTED = 130
 
+# Why a process is about to end: it says so itself or has nothing left to do; the launcher told it.
+_LEFT, _TOLD = 1, 2
+_STOP = 0  # through the pipe that signals go through too, which have numbers from 1 on
+
 
 def open_world(remedy: str = "") -> "World":
     """The world that a launcher such as mpirun made, or this process alone.
@@ -85,8 +89,12 @@ class MPIWorld(World):
         self.rank, self.size = comm.rank, comm.size
         local = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = local.rank, local.size
-        self._watch = _Watch(local, comm.rank, self._peer_died)
+        self._ending = threading.Lock()  # by whichever thread is the first to hear of it
+        self._watch = _Watch(local, comm.rank, self._peer_died, self._terminated)
+        # The watch hears of signals too: the handler waits until the main thread is back from a
+        # kernel or a message, and Open MPI and MPICH kill 10 ms after they have told.
         signal.signal(signal.SIGTERM, self._terminated)
+        signal.set_wakeup_fd(self._watch.waker)
 
     def allgather(self, value: Any) -> list[Any]:
         wait(self.comm.Ibarrier())  # asleep until all are there
@@ -117,7 +125,7 @@ class MPIWorld(World):
         except CupyllamaError as error:
             self._end(str(error), error.hint, error.exit_code)
         except KeyboardInterrupt:
-            self._end("interrupted", "", INTERRUPTED)
+            self._end("interrupted", self._remedy, INTERRUPTED)
         except Exception as error:
             if os.environ.get("CUPYLLAMA_DEBUG", "0") not in ("", "0"):
                 raise
@@ -133,15 +141,23 @@ class MPIWorld(World):
         self.comm.Abort(exit_code)
 
     def _terminated(self, *_: Any) -> None:
-        """The launcher ends the job: because it saw a rank die before we did?"""
-        dead = [] if self._watch.left else self._watch.dead()
-        if dead and self._watch.speaks(dead[0]):
-            self._watch.leave()
+        """The launcher ends the job: because it saw a rank die before we did?
+
+        Else for a reason of its own, such as Ctrl-C or a limit of time.
+        """
+        if not self._ending.acquire(blocking=False):
+            return
+        watch = self._watch
+        silent, dead = watch.anyone_left, [] if watch.left else watch.dead()
+        watch.leave(_TOLD)
+        if dead and watch.speaks(dead[0]):
             _say(f"rank {dead[0]}: was killed or crashed", self._remedy)
+        elif self.rank == 0 and not dead and not silent:
+            _say("ended by the launcher", self._remedy)
         os._exit(128 + signal.SIGTERM)
 
     def _peer_died(self, rank: int) -> None:
-        if self._watch.left:
+        if self._watch.left or not self._ending.acquire(blocking=False):
             return
         self._watch.leave()
         _say(f"rank {rank}: was killed or crashed", self._remedy)
@@ -154,11 +170,12 @@ class _Watch:
     MPI's launcher notices too, but tells neither in our words nor with our exit code.
     """
 
-    def __init__(self, local: Any, rank: int, on_death: Any):
+    def __init__(self, local: Any, rank: int, on_death: Any, on_sigterm: Any):
         self.me = local.rank
-        self._on_death = on_death
+        self._on_death, self._on_sigterm = on_death, on_sigterm
         self._leaving = self._shared_flags(local)
-        self._wake, self._waker = os.pipe()
+        self._wake, self.waker = os.pipe()
+        os.set_blocking(self.waker, False)
         self._ranks: dict[int, tuple[int, int]] = {}  # pidfd -> local rank, rank
         peers = local.allgather((os.getpid(), rank))
         if hasattr(os, "pidfd_open"):
@@ -171,7 +188,7 @@ class _Watch:
 
     @staticmethod
     def _shared_flags(local: Any) -> mmap.mmap:
-        """A byte for each process of this host, set when it leaves of its own accord."""
+        """A byte for each process of this host, set when it is about to end: _LEFT or _TOLD."""
         path = None
         if local.rank == 0:
             file, path = tempfile.mkstemp(prefix="cupyllama-")
@@ -192,7 +209,12 @@ class _Watch:
         while True:
             for fd, _ in poll.poll():
                 if fd == self._wake:
-                    return
+                    heard = os.read(fd, 100)
+                    if signal.SIGTERM in heard:
+                        self._on_sigterm()
+                    if _STOP in heard:
+                        return
+                    continue
                 number, rank = self._ranks[fd]
                 poll.unregister(fd)
                 if self._leaving[number] or self._leaving[self.me]:
@@ -215,19 +237,24 @@ class _Watch:
         numbers = {rank: number for number, rank in self._ranks.values()}
         return self.me == min({self.me, *numbers.values()} - {numbers[dead]})
 
-    def leave(self) -> None:
+    def leave(self, why: int = _LEFT) -> None:
         """Tell the others that this process is about to end."""
-        self._leaving[self.me] = 1
+        self._leaving[self.me] = why
 
     @property
     def left(self) -> bool:
         """Whether this process has said that it leaves."""
         return bool(self._leaving[self.me])
 
+    @property
+    def anyone_left(self) -> bool:
+        """Whether a process of this host ends of its own accord, and says why if need be."""
+        return _LEFT in self._leaving[:]
+
     def stop(self) -> None:
         """Tell the others, and stop watching them."""
         self.leave()
-        os.write(self._waker, b"x")
+        os.write(self.waker, bytes([_STOP]))
 
 
 def wait(request: Any, longest_sleep: float = _LONGEST_SLEEP) -> None:
