@@ -115,7 +115,7 @@ def cli() -> None:
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with what --samples has from a broken run; after a finished one, do nothing.",
+    help="Go on with what --samples has from a broken run.",
 )
 @click.option(
     "--compare", type=FILE, help="Say what changed since the run that wrote this --samples file."
@@ -169,9 +169,9 @@ def score(
         raise click.UsageError("--output and --compare are the same file.")
     if samples is not None and options["compare"] == samples:
         raise click.UsageError("--samples and --compare are the same file.")
-    if options["resume"] and samples is None:
+    if options["resume"] and (samples is None or is_special(samples)):
         raise click.UsageError("--resume goes on with --samples FILE; give that too.")
-    report = run(
+    run(
         ScoreOptions(
             model=model,
             output=output,
@@ -180,8 +180,6 @@ def score(
             **options,
         )
     )
-    if report is not None:
-        print_now(report.as_text() + "\n")
 
 
 @cli.command()

@@ -220,7 +220,7 @@ def bench_generate(
     Latency is the time of a batch by the new tokens of a query. The floor is the bytes of weights,
     keys and values that a token reads, at the rate of a copy within the device in the same run.
     Under mpirun, the ranks share the matrices of each layer. A sweep that ends early leaves what it
-    has measured in the --json file, marked as unfinished.
+    has measured beside the --json file, in FILE.partial.
 
     \b
       cupyllama bench generate --shape opt-30b --quantize none,int8 --plot sweep.png
@@ -232,14 +232,16 @@ def bench_generate(
     from cupyllama.files import is_special, write_json
     from cupyllama.parallel.world import open_world
 
-    kept = output is not None and not is_special(output)
+    partial = None
+    if output is not None and not is_special(output):
+        partial = output.with_name(f"{output.name}.partial")
 
     def keep(measured: dict[str, Any]) -> None:
         """What is measured so far, for a sweep that ends early."""
-        if kept and world.rank == 0:
-            write_json(output, {"unfinished": True, **measured})
+        if partial is not None and world.rank == 0:
+            write_json(partial, {"unfinished": True, **measured})
 
-    world = open_world(f"What was measured, if anything was, is in {output}." if kept else "")
+    world = open_world(f"What was measured, if anything was, is in {partial}." if partial else "")
     with world.together():
         _check_ends((shape,), output, plot)
         device = gpu_of(world)
@@ -250,6 +252,8 @@ def bench_generate(
         )
         if world.rank == 0:
             _finish(measured, generate_table(measured), output)
+            if partial is not None:
+                partial.unlink(missing_ok=True)
             if plot is not None:
                 plot_generate(measured, plot)
     world.close()
@@ -338,6 +342,6 @@ def _check_ends(shapes: tuple[str, ...], output: Path | None, plot: Path | None)
 def _finish(measured: dict[str, Any], text: str, output: Path | None) -> None:
     from cupyllama.files import write_json
 
-    print_now(text + "\n")
     if output is not None:
         write_json(output, measured)
+    print_now(text + "\n")

@@ -11,12 +11,6 @@ class CupyllamaError(Exception):
         self.hint = hint
 
 
-class NothingToDo(CupyllamaError):
-    """All that was asked for is there already: ends a command like an error, but it is none."""
-
-    exit_code = 0
-
-
 class OutputError(CupyllamaError):
     """A result could not be written."""
 

@@ -7,13 +7,12 @@ line cut short by a kill is as if it were not there.
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cupyllama.errors import NothingToDo, OutputError, UsageError
+from cupyllama.errors import OutputError, UsageError
 from cupyllama.evaluate import ChoiceScores
 from cupyllama.files import lock, unwritable
 
@@ -26,20 +25,17 @@ class Journal:
         self._samples = samples
         self._file: Any = None
 
-    def check_unfinished(self, outputs: Sequence[Path]) -> None:
+    def check_unfinished(self) -> None:
         """Look before a run is resumed whether it has ended, and removed its journal.
 
         Raises:
-            NothingToDo: it has, and all `outputs` are there.
-            UsageError: it has, and was not asked for one of them.
+            UsageError: it has. Whether with the same model, data and settings, nothing tells.
         """
-        if self.path.exists() or not self._samples.exists():
-            return
-        again = "Leave --resume out to score everything again."
-        for path in outputs:
-            if not path.exists():
-                raise UsageError(f"{path}: is not there, though {self._samples} is finished", again)
-        raise NothingToDo(f"{self._samples}: is finished, there is nothing to resume", again)
+        if not self.path.exists() and self._samples.exists():
+            raise UsageError(
+                f"{self._samples}: is finished, there is nothing to resume",
+                "Leave --resume out to score everything again.",
+            )
 
     def claim(self, resume: bool) -> None:
         """Have what an earlier run left, if it left a journal, for this process alone.
@@ -151,7 +147,7 @@ class Journal:
             raise UsageError(f"{self.path}: {error.strerror}") from error
         lines, whole = [], 0
         for number, line in enumerate(content.splitlines(keepends=True), 1):
-            if not line.endswith(b"\n") and line.startswith(b"{"):
+            if not line.endswith(b"\n") and (lines or line.startswith(b"{")):
                 break
             try:
                 lines.append(json.loads(line))

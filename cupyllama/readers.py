@@ -127,7 +127,10 @@ class Readers:
             if error:
                 yield buffer, -error
             elif 0 < count < nbytes - done:
-                self._read(buffer, offset, nbytes, done + count)
+                try:
+                    self._read(buffer, offset, nbytes, done + count)
+                except OSError as failure:
+                    yield buffer, -failure.errno
             else:
                 yield buffer, done + count
 
@@ -152,6 +155,8 @@ class Readers:
             self._library.aio_cancel(self._duplicates[buffer], None)
         while self._asked:
             for buffer in self._finished():
+                # It waits until the library has done with the request.
+                self._library.aio_error(ctypes.c_void_p(self._pointers[buffer]))
                 self._forget(buffer)
         for duplicate in self._duplicates.values():
             os.close(duplicate)

@@ -1,7 +1,7 @@
 """`cupyllama score`: read, tokenise, pack, load, evaluate, report."""
 
+import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupyllama.compare import OtherRun, check_questions, compare, read_samples
-from cupyllama.errors import DeviceError, NotFiniteError, OutputError
+from cupyllama.errors import DeviceError, NotFiniteError, OutputError, UsageError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
 from cupyllama.families import config_fields, family_of
 from cupyllama.files import check_writable, is_special, write_json, write_json_lines
@@ -117,7 +117,14 @@ class Run(Rank):
         if options.samples is not None and not is_special(options.samples):
             self.journal = Journal(options.samples)
             if options.resume:
-                self.journal.check_unfinished(outputs)
+                self.journal.check_unfinished()
+        places: dict[str, Path] = {}
+        for path in [*outputs, *([self.journal.path] if self.journal is not None else [])]:
+            if not is_special(path) and places.setdefault(os.path.realpath(path), path) is not path:
+                raise UsageError(
+                    f"{places[os.path.realpath(path)]} and {path} are the same file",
+                    "Give each result a file of its own.",
+                )
         for path in outputs:
             check_writable(path)
         if self.journal is not None:
@@ -307,35 +314,46 @@ class Run(Rank):
             ranks=ranks,
             comparison=compare(self.other, answers) if self.other is not None else None,
         )
-        try:
-            self.write(report, answers)
-        except BaseException:
-            with suppress(OutputError, BrokenPipeError):
-                print_now(report.as_text() + "\n")  # there is no report to return
-            raise
+        self.write(report, answers)
         return report
 
     def write(self, report: Report, answers: Answers) -> None:
-        """All files that are asked for; the journal is there until all of them are.
+        """All files that are asked for, and the table; the journal is there until all of them are.
+
+        What one of them says does not keep the others from being written.
 
         Raises:
-            OutputError: one of them cannot be written.
+            OutputError: the first that cannot be written.
+            BrokenPipeError: nobody reads it.
         """
-        options = self.options
+        options, failed = self.options, []
+        for path, write in (
+            (options.samples, lambda: write_json_lines(options.samples, answers.samples())),
+            (options.output, lambda: write_json(options.output, report.as_json())),
+            (
+                options.trace,
+                lambda: write_trace(
+                    options.trace, [(rank.title, rank.spans) for rank in report.ranks]
+                ),
+            ),
+        ):
+            try:
+                if path is not None:
+                    write()
+            except (OutputError, BrokenPipeError) as error:
+                failed.append(error)
         try:
-            if options.samples is not None:
-                write_json_lines(options.samples, answers.samples())
-            if options.output is not None:
-                write_json(options.output, report.as_json())
-            if options.trace is not None:
-                write_trace(options.trace, [(rank.title, rank.spans) for rank in report.ranks])
-        except OutputError as error:
-            if self.journal is None:
-                raise
-            safe = f"All answers are safe in {self.journal.path}: with --resume they are written."
-            raise OutputError(str(error), f"{error.hint} {safe}") from error
-        if self.journal is not None:
+            print_now(report.as_text() + "\n")
+        except (OutputError, BrokenPipeError) as error:
+            failed.append(error)
+        kept = [error for error in failed if isinstance(error, OutputError)]
+        if self.journal is not None and not kept:
             self.journal.remove()
+        if self.journal is not None and kept:
+            safe = f"All answers are safe in {self.journal.path}: with --resume they are written."
+            raise OutputError(str(kept[0]), f"{kept[0].hint} {safe}") from kept[0]
+        if failed:
+            raise failed[0]
 
     def check_answers(self) -> Answers:
         """Refuse a log-likelihood that is not a number.

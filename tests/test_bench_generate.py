@@ -127,19 +127,22 @@ def test_a_batch_without_memory_is_marked_and_the_sweep_goes_on(
 
 def test_a_sweep_that_is_interrupted_leaves_its_points(pretended_gpu, monkeypatch, tmp_path):
     path, measure = tmp_path / "out.json", generate.Run.seconds
+    partial = tmp_path / "out.json.partial"
 
     def seconds(run, *given):
         if run.batch_size == 3:
-            assert json.loads(path.read_text())["unfinished"] is True
+            assert json.loads(partial.read_text())["unfinished"] is True
             raise KeyboardInterrupt
         return measure(run, *given)
 
     arguments = ["--shape", "tiny", "--batch-sizes", "1,2,3", "--new-tokens", 3, "--json", path]
     whole = bench(*arguments[:3], "1,2", *arguments[4:])
-    assert whole.exit_code == 0 and "unfinished" not in path.read_text()
+    before = path.read_text()
+    assert whole.exit_code == 0 and "unfinished" not in before and not partial.exists()
     monkeypatch.setattr(generate.Run, "seconds", seconds)
     assert bench(*arguments).exit_code == 130
-    measured = json.loads(path.read_text())
+    assert path.read_text() == before
+    measured = json.loads(partial.read_text())
     assert measured["unfinished"] is True and measured["bench"] == "generate"
     (setting,) = measured["settings"]
     assert [run["batch_size"] for run in setting["runs"]] == [1, 2]

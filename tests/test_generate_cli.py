@@ -15,6 +15,7 @@ import termios
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -24,7 +25,9 @@ from tiny_models import write_tiny_model
 from tiny_tokenizer import write_tokenizer
 
 from cupyllama.cli import cli
+from cupyllama.errors import UsageError
 from cupyllama.generation.answers import Pace, end_token_ids
+from cupyllama.generation.answers_file import AnswersFile
 from cupyllama.packing import TokenRow
 from cupyllama.tasks.files import demo_directory
 from cupyllama.tokenizer import load_tokenizer
@@ -852,3 +855,25 @@ def test_a_session_of_somebody_without_a_home(monkeypatch, capsys):
     with line_editing():
         pass
     assert capsys.readouterr() == ("", "")
+
+
+def test_two_runs_do_not_write_over_each_other(tmp_path):
+    """The second one finds the first one's answers, or its lock, when it has an answer itself."""
+    path = tmp_path / "out.jsonl"
+
+    def begun():
+        answer = SimpleNamespace(text="b", tokens=1, finish_reason="length")
+        return AnswersFile(path, [SimpleNamespace(text="a")], [[1, 2]], [answer])
+
+    first, second = begun(), begun()
+    assert list(first.keep(iter([(0, "b")]))) == [(0, "b")]
+    kept = (tmp_path / "out.jsonl.partial").read_bytes()
+    with pytest.raises(UsageError, match="another process is writing it"):
+        list(second.keep(iter([(0, "b")])))
+    assert second.close() is None
+    assert first.close() == f"{tmp_path / 'out.jsonl.partial'} has 1 answer of 1"
+    third = begun()
+    with pytest.raises(UsageError, match="has answers of a run that has not ended"):
+        list(third.keep(iter([(0, "b")])))
+    assert third.close() is None
+    assert (tmp_path / "out.jsonl.partial").read_bytes() == kept

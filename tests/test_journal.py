@@ -226,15 +226,40 @@ def test_a_finished_run_is_not_scored_again(tmp_path):
     samples = tmp_path / "s.jsonl"
     assert demo("--samples", samples).exit_code == 0
     before = samples.read_bytes()
+    # Perhaps with other settings: nothing in the file tells.
     again = demo("--samples", samples, "--resume", "--quantize", "fp8")
-    # A job that a queue starts again has nothing left to do, and did not fail.
-    assert (again.exit_code, again.stdout) == (0, "")
+    assert (again.exit_code, again.stdout) == (2, "")
     assert again.stderr.startswith(f"cupyllama: {samples}: is finished, there is nothing to resume")
-    for flag in ("--output", "--trace"):
-        other = demo("--samples", samples, "--resume", flag, tmp_path / "other.json")
-        assert other.exit_code == 2 and other.stdout == ""
-        assert f"other.json: is not there, though {samples} is finished" in other.stderr
     assert samples.read_bytes() == before and os.listdir(tmp_path) == ["s.jsonl"]
+
+
+def test_zeros_at_the_end_are_no_line(written, tmp_path):
+    """As a power cut may leave them."""
+    journal = Journal(tmp_path / "s.jsonl")
+    journal.path.write_bytes(written + bytes(512))
+    scores = ChoiceScores.empty(6, 64)
+    assert journal.resume(SETTINGS, scores) == 3
+    journal.append(scored({5: -1.0}), np.array([5]))
+    journal.close()
+    content = journal.path.read_bytes()
+    assert content.startswith(written) and b"\0" not in content
+    assert len(content.splitlines()) == 4
+
+
+def test_results_are_files_of_their_own(tmp_path):
+    (tmp_path / "link").symlink_to("s.jsonl")
+    for output in ("s.jsonl.partial", "link", "../" + tmp_path.name + "/s.jsonl"):
+        result = demo("--samples", tmp_path / "s.jsonl", "--output", tmp_path / output)
+        assert result.exit_code == 2 and "are the same file" in result.stderr, output
+    assert os.listdir(tmp_path) == ["link"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_what_cannot_be_written_keeps_nothing_else_from_it(tmp_path):
+    result = demo("--output", "/dev/full", "--trace", tmp_path / "t.json")
+    assert result.exit_code == 1 and "* acc_norm" in result.stdout
+    assert "/dev/full: cannot be written: No space left on device" in result.stderr
+    assert json.loads((tmp_path / "t.json").read_text())
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -221,6 +221,24 @@ def test_a_read_that_cannot_begin_is_named(driver, tmp_path, monkeypatch):
         load_as_it_lies(directory)
 
 
+def test_a_rest_that_cannot_be_read_is_named(driver, tmp_path, monkeypatch):
+    """The library reads 700 bytes, and then it has no thread for those that are left."""
+    real = readers.library()
+
+    def read(pointer):
+        request = readers._Request.from_address(pointer.value)
+        if request.nbytes == 1300:
+            ctypes.set_errno(errno.EAGAIN)
+            return -1
+        request.nbytes = min(request.nbytes, 700)
+        return real.aio_read(pointer)
+
+    monkeypatch.setattr(readers, "library", partial(Library, real, aio_read=read))
+    directory = write_tiny_model("gqa", tmp_path, dtype="float16")
+    with pytest.raises(ModelError, match="model.safetensors: Resource temporarily unavailable"):
+        load_as_it_lies(directory, piece_bytes=2000)
+
+
 def test_files_one_after_another_in_one_buffer(tmp_path):
     """More files than buffers: a buffer's duplicate is of the file that was asked for last."""
     contents = {number: bytes([number]) * (50 + number) for number in range(1, 8)}
@@ -274,7 +292,14 @@ def test_without_the_library_threads_read_all(driver, tmp_path, monkeypatch):
 
 
 def test_loading_that_is_broken_off_leaves_nothing_open(driver, tmp_path, monkeypatch):
-    made, make = [], readers.Readers.__init__
+    made, make, ended = [], readers.Readers.__init__, {}
+    forget = readers.Readers._forget
+
+    def note(self, buffer):
+        ended[buffer] = int(self._errors[buffer])
+        forget(self, buffer)
+
+    monkeypatch.setattr(readers.Readers, "_forget", note)
     monkeypatch.setattr(
         readers.Readers, "__init__", lambda self, *sizes: (made.append(self), make(self, *sizes))[1]
     )
@@ -288,6 +313,7 @@ def test_loading_that_is_broken_off_leaves_nothing_open(driver, tmp_path, monkey
         load_as_it_lies(directory, piece_bytes=1000, on_bytes=on_bytes)
     (opened,) = made
     assert opened._duplicates and not opened._asked
+    assert len(ended) == len(opened._duplicates) and errno.EINPROGRESS not in ended.values()
     assert set(os.listdir("/proc/self/fd")) <= before
 
 

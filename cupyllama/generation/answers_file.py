@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cupyllama.errors import OutputError, UsageError
-from cupyllama.files import is_special, write_json_lines
+from cupyllama.files import is_special, lock, write_json_lines
 from cupyllama.generation.answers import Answer
 from cupyllama.generation.prompts import PromptText
 
@@ -69,7 +69,7 @@ class AnswersFile:
             OutputError: it cannot be written; FILE.partial has the answers.
         """
         write_json_lines(self._path, map(self._record, range(len(self._answers))))
-        if self._file is not None:
+        if self._kept:
             self._partial.unlink(missing_ok=True)
             self._kept = 0
 
@@ -101,7 +101,9 @@ class AnswersFile:
         content = (json.dumps(record) + "\n").encode()
         try:
             if self._file is None:
-                self._file = open(self._partial, "wb", buffering=0)
+                self._file = open(self._partial, "ab", buffering=0)
+                lock(self._file.fileno(), self._partial)
+                check_partial(self._path)  # another run may have begun it since
             while content:
                 content = content[self._file.write(content) :]
         except OSError as error:
