@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -326,32 +327,27 @@ class Run(Rank):
             OutputError: the first that cannot be written.
             BrokenPipeError: nobody reads it.
         """
-        options, failed = self.options, []
-        for path, write in (
-            (options.samples, lambda: write_json_lines(options.samples, answers.samples())),
-            (options.output, lambda: write_json(options.output, report.as_json())),
-            (
-                options.trace,
-                lambda: write_trace(
-                    options.trace, [(rank.title, rank.spans) for rank in report.ranks]
-                ),
-            ),
-        ):
+        options, ranks = self.options, [(rank.title, rank.spans) for rank in report.ranks]
+        writes: list[Callable[[], None]] = []
+        if options.samples is not None:
+            writes.append(lambda: write_json_lines(options.samples, answers.samples()))
+        if options.output is not None:
+            writes.append(lambda: write_json(options.output, report.as_json()))
+        if options.trace is not None:
+            writes.append(lambda: write_trace(options.trace, ranks))
+        writes.append(lambda: print_now(report.as_text() + "\n"))
+        failed: list[OutputError | BrokenPipeError] = []
+        for write in writes:
             try:
-                if path is not None:
-                    write()
+                write()
             except (OutputError, BrokenPipeError) as error:
                 failed.append(error)
-        try:
-            print_now(report.as_text() + "\n")
-        except (OutputError, BrokenPipeError) as error:
-            failed.append(error)
-        kept = [error for error in failed if isinstance(error, OutputError)]
-        if self.journal is not None and not kept:
-            self.journal.remove()
-        if self.journal is not None and kept:
+        unwritten = next((error for error in failed if isinstance(error, OutputError)), None)
+        if self.journal is not None and unwritten is not None:
             safe = f"All answers are safe in {self.journal.path}: with --resume they are written."
-            raise OutputError(str(kept[0]), f"{kept[0].hint} {safe}") from kept[0]
+            raise OutputError(str(unwritten), f"{unwritten.hint} {safe}") from unwritten
+        if self.journal is not None:
+            self.journal.remove()
         if failed:
             raise failed[0]
 

@@ -199,7 +199,7 @@ def test_a_file_that_cannot_be_written_costs_no_answers(tmp_path):
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[4:8] == result.stdout.splitlines()[4:8]
     nothing = mpirun(2, *few, tmp_path / "t.json", "--resume")
-    assert (nothing.returncode, nothing.stdout) == (0, "")
+    assert (nothing.returncode, nothing.stdout) == (2, "")
     assert len(said := our_lines(nothing)) == 1 and "s.jsonl: is finished" in said[0]
     assert sorted(os.listdir(tmp_path)) == ["s.jsonl", "t.json"]
 
