@@ -145,7 +145,7 @@ class Readers:
                 assert error == EINTR, os.strerror(error)
 
     def _forget(self, buffer: int) -> None:
-        del self._asked[buffer]
+        self._asked.pop(buffer, None)  # not there if an interrupt came before
         self._waiting_for[buffer] = None
         self._errors[buffer] = EINPROGRESS  # not finished a second time
 

@@ -291,6 +291,18 @@ def test_without_the_library_threads_read_all(driver, tmp_path, monkeypatch):
     check_load(directory, OPS, np.float16, threads=3)
 
 
+def test_an_interrupt_before_a_request_is_noted(tmp_path):
+    """It is neither under way nor asked for, and another one is."""
+    (tmp_path / "f").write_bytes(b"x" * 10)
+    file = os.open(tmp_path / "f", os.O_RDONLY)
+    opened = readers.Readers(2, 2, 100)
+    opened._requests[0].error = 0
+    opened.ask(1, file, 0, 10)
+    opened.close()
+    assert not opened._asked
+    os.close(file)
+
+
 def test_loading_that_is_broken_off_leaves_nothing_open(driver, tmp_path, monkeypatch):
     made, make, ended = [], readers.Readers.__init__, {}
     forget = readers.Readers._forget
