@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -92,26 +91,6 @@ def field_chunks(
             dtype = flat.dtype if field.dtype in QUANTIZED else numpy_dtype(stored)
             yield from _flat_chunks(stored, flat, dtype, piece_bytes, pieces, file)
         first = last
-
-
-def extent_bytes(checkpoint: Checkpoint, field: Field, dtype: np.dtype) -> int:
-    """Bytes of the parts of a field that make up extents.
-
-    Args:
-        dtype: of the field's array, which is stored, and not made of what is.
-    """
-    return sum(
-        prod(shape) * dtype.itemsize
-        for name, shape in zip(field.parts, field.shapes, strict=True)
-        if _is_extent(_lying(checkpoint, name), field, dtype)
-    )
-
-
-def _is_extent(stored: StoredTensor | StoredColumns | None, field: Field, dtype: np.dtype) -> bool:
-    """Whether nothing is to be done to what is stored but to copy it."""
-    if not isinstance(stored, StoredTensor):
-        return False
-    return field.dtype in QUANTIZED or numpy_dtype(stored) == dtype
 
 
 def _lying(checkpoint: Checkpoint, name: str) -> StoredTensor | StoredColumns | None:

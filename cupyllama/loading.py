@@ -18,7 +18,7 @@ import numpy as np
 from cupyllama.checkpoint.eight_bit import quantize_rows
 from cupyllama.checkpoint.fields import SCALE, Field, check_names, stage_bytes, stage_fields
 from cupyllama.checkpoint.source import Checkpoint
-from cupyllama.chunks import Chunk, extent_bytes, field_chunks, open_files
+from cupyllama.chunks import Chunk, field_chunks, open_files
 from cupyllama.config import ModelConfig
 from cupyllama.crew import Worker, for_each
 from cupyllama.errors import ModelError
@@ -114,13 +114,9 @@ def load_stage(
         if on_host:
             workers = nullcontext(lambda: nullcontext(_put_on_host))
         else:
-            stored = [field for _, field in fields if not (made_here and field.dtype)]
-            lying = sum(
-                extent_bytes(checkpoint, field, field.array_dtype(dtype)) for field in stored
-            )
-            if aio and lying and library() is not None:
-                count = min(threads * buffers, -(-lying // piece_bytes))
-                with open_readers(threads, count, min(piece_bytes, lying)) as readers:
+            if aio and library() is not None:
+                count = min(threads * buffers, -(-left // piece_bytes))
+                with open_readers(threads, count, min(piece_bytes, left)) as readers:
                     todo = _copy_files(todo, readers, on_copied)
             workers = _device_writers(fields, threads, buffers, piece_bytes, made_here)
         with workers as worker:
