@@ -2,12 +2,12 @@
 
     python bench/load_gpu.py --folder /tmp --layers 32 --json out.json
 
-A synthetic checkpoint of a published shape (LLaMA-7B in float16: 13.5 GB) is written,
-read once to warm the page cache, and loaded with several numbers of threads, sizes of pieces and
-buffers a thread, in turn with copies of as many bytes from one pinned buffer. A load begins with an
-empty memory pool, so it pays for the allocation of what it fills and of its pinned buffers, as in a
-run of the engine; the copy does not. With --quantize the bytes are still those of the files:
-they cross the bus, and are quantized on the device.
+A synthetic checkpoint of a published shape (LLaMA-7B in float16: 13.5 GB) is written, read once to
+warm the page cache, and loaded with several sizes of pieces and buffers a thread, by aio's threads or
+by several numbers of Python's, in turn with copies of as many bytes from one pinned buffer. A load
+begins with an empty memory pool, so it pays for the allocation of what it fills and of its pinned
+buffers, as in a run of the engine; the copy does not. With --quantize the bytes are still those of the
+files: they cross the bus, and are quantized on the device.
 """
 
 import gc
@@ -67,8 +67,9 @@ class Setting:
 
     def arguments(self) -> dict[str, int]:
         """Of load_stage."""
-        sizes = {name: getattr(self, name) for name in ("threads", "piece_bytes", "buffers")}
-        return sizes | {"aio": self.by == "aio"}
+        arguments = asdict(self)
+        arguments["aio"] = arguments.pop("by") == "aio"
+        return arguments
 
 
 def write_checkpoint(directory: Path, config: ModelConfig, dtype: np.dtype, files: int) -> None:
@@ -212,7 +213,7 @@ def verify(weights: StageWeights, checkpoint: SafetensorsCheckpoint, config: Mod
 @click.option("--dtype", help="What is loaded; as saved if not given.")
 @click.option("--quantize", type=click.Choice(["fp8", "int8"]))
 @click.option("--by", default=["aio"], multiple=True, type=click.Choice(["aio", "threads"]))
-@click.option("--threads", default=[8, THREADS, 16], multiple=True)
+@click.option("--threads", default=[THREADS], multiple=True, help="One number with aio.")
 @click.option("--piece-kib", default=[2048, PIECE_BYTES >> 10], multiple=True)
 @click.option("--buffers", default=[BUFFERS], multiple=True, help="Of every thread.")
 @click.option("--repeats", default=2)
@@ -233,6 +234,8 @@ def main(
     out,
 ):
     """Write, warm, load and print one line for each setting, the best once more at the end."""
+    if "aio" in by and len(set(threads)) > 1:
+        raise click.UsageError("a process has as many aio threads as it asked for first")
     device = choose_device("cuda")[0]
     config = replace(model_config(shape), num_hidden_layers=layers)
     target = storage_dtype(dtype or saved)
