@@ -229,12 +229,11 @@ def bench_generate(
     from cupyllama.bench.generate import generate_table, measure_generate
     from cupyllama.bench.measure import enough_memory, gpu_of
     from cupyllama.bench.plot import plot_generate
-    from cupyllama.files import is_special, write_json
+    from cupyllama.files import is_special, partial_of, write_json
     from cupyllama.parallel.world import open_world
 
-    partial = None
-    if output is not None and not is_special(output):
-        partial = output.with_name(f"{output.name}.partial")
+    kept = output is not None and not is_special(output)
+    partial = partial_of(output) if kept else None
 
     def keep(measured: dict[str, Any]) -> None:
         """What is measured so far, for a sweep that ends early."""

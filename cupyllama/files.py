@@ -116,6 +116,12 @@ def _open(path: Path) -> Any:
     )
 
 
+def partial_of(path: Path) -> Path:
+    """FILE.partial of a result that is under way: beside what a link points to."""
+    target = _target(path)
+    return target.with_name(f"{target.name}.partial")
+
+
 def is_special(path: Path) -> bool:
     """Whether it is neither a file nor a directory, links followed, or stands for an open file.
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cupyllama.errors import CupyllamaError, DataError, NotFiniteError, UsageError
-from cupyllama.files import check_writable, is_special
+from cupyllama.files import check_writable, is_special, partial_of
 from cupyllama.generation.answers import Answer, Pace, end_token_ids, follow
-from cupyllama.generation.answers_file import AnswersFile, check_partial, partial_of
+from cupyllama.generation.answers_file import AnswersFile, check_partial
 from cupyllama.generation.beam import beam_search
 from cupyllama.generation.console import line_editing, on_interrupt, read_line
 from cupyllama.generation.engine import Engine, Prompt

@@ -9,16 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cupyllama.errors import OutputError, UsageError
-from cupyllama.files import is_special, lock, write_json_lines
+from cupyllama.errors import UsageError
+from cupyllama.files import is_special, lock, partial_of, unwritable, write_json_lines
 from cupyllama.generation.answers import Answer
 from cupyllama.generation.prompts import PromptText
-
-
-def partial_of(path: Path) -> Path:
-    """FILE.partial of what --output names: beside what a link points to."""
-    target = path.resolve()
-    return target.with_name(f"{target.name}.partial")
 
 
 def check_partial(path: Path) -> None:
@@ -107,8 +101,5 @@ class AnswersFile:
             while content:
                 content = content[self._file.write(content) :]
         except OSError as error:
-            raise OutputError(
-                f"{self._partial}: cannot be written: {error.strerror}",
-                "Is there space left on the disk?",
-            ) from error
+            raise unwritable(self._partial, error) from error
         self._kept += 1
