@@ -3,11 +3,11 @@
     python bench/load_gpu.py --folder /tmp --layers 32 --json out.json
 
 A synthetic checkpoint of a published shape (LLaMA-7B in float16: 13.5 GB) is written, read once to
-warm the page cache, and loaded with several sizes of pieces and buffers a thread, by aio's threads or
-by several numbers of Python's, in turn with copies of as many bytes from one pinned buffer. A load
-begins with an empty memory pool, so it pays for the allocation of what it fills and of its pinned
-buffers, as in a run of the engine; the copy does not. With --quantize the bytes are still those of the
-files: they cross the bus, and are quantized on the device.
+warm the page cache, and loaded with several sizes of pieces and buffers a thread, by aio's threads
+or by several numbers of Python's, in turn with copies of as many bytes from one pinned buffer. A
+load begins with an empty memory pool, so it pays for the allocation of what it fills and of its
+pinned buffers, as in a run of the engine; the copy does not. With --quantize the bytes are still
+those of the files: they cross the bus, and are quantized on the device.
 """
 
 import gc
