@@ -163,8 +163,6 @@ def score(
         if output is None or is_special(output):
             raise click.UsageError("--log-samples writes beside --output FILE; give that too.")
         samples = output.with_name(f"{output.stem}_samples.jsonl")
-    if samples is not None and samples == output:
-        raise click.UsageError("--output and --samples are the same file.")
     if output is not None and options["compare"] == output:
         raise click.UsageError("--output and --compare are the same file.")
     if samples is not None and options["compare"] == samples:
