@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cupyllama.generation.batch import Segment, cached_batch
-from cupyllama.kernels.definitions import SECTION, STEP_KEYS
+from cupyllama.kernels.definitions import CONTIGUOUS, SECTION, STEP_KEYS
 from cupyllama.ops.attention_plan import (
     LONG_KEYS,
     QUERY_TILE,
@@ -74,11 +74,13 @@ def keys_by_plan(batch, items, steps):
             position = int(batch.positions[place + row])
             seen, begins = [], []
             for key, keys, begin, rows in steps[first_step : first_step + step_count].tolist():
-                assert 1 <= keys <= STEP_KEYS and (rows & 0xFFFF) < rows >> 16 <= count
-                if rows & 0xFFFF <= row < rows >> 16:
-                    seen += batch.key_index[key : key + keys].tolist()[
-                        : max(position + 1 - begin, 0)
-                    ]
+                first_row, end_row = rows & 0x7FFF, rows >> 16
+                assert 1 <= keys <= STEP_KEYS and first_row < end_row <= count
+                places = batch.key_index[key : key + keys].tolist()
+                together = places == list(range(places[0], places[0] + STEP_KEYS))
+                assert (rows & CONTIGUOUS != 0) == together
+                if first_row <= row < end_row:
+                    seen += places[: max(position + 1 - begin, 0)]
                     begins.append(begin)
             # Bits depend on where steps begin, and on nothing a row can see being behind its own.
             assert begins == list(range(0, len(begins) * STEP_KEYS, STEP_KEYS))
@@ -142,7 +144,7 @@ def test_keys_in_common(rng):
     batch = sequences(rng, *CACHED[2])
     np.testing.assert_array_equal(keys_in_common(batch), [0, 0, 200, 0, 130])
     as_if_sorted, _ = attention_items(batch, 128)
-    np.testing.assert_array_equal(as_if_sorted[:, 1], [40, 10])
+    np.testing.assert_array_equal(as_if_sorted[:, 1], [50])
     items, _ = attention_items(batch, 128, keys_in_common(batch))
     np.testing.assert_array_equal(np.sort(items[:, 1]), [10, 20, 20])
 
@@ -169,57 +171,69 @@ def test_sharing_saves_steps(rng, queries, rows, longest, tokens):
 
 
 def test_items_by_hand():
-    """A prompt of 130 and three endings of 10: 140 queries, then 10 and 10 that share 2 steps."""
-    batch = one_batch(130, 10, 10, 10)
-    items, steps = attention_items(batch, 64)
-    np.testing.assert_array_equal(items, [[128, 32, 3, 5], [64, 64, 1, 2], [0, 64, 0, 1]])
-    joined = [
-        [0, 64, 0, 32 << 16],  # shared: all rows of the item
-        [64, 64, 64, 32 << 16],
-        [128, 12, 128, 0 | 12 << 16],  # keys 128.. of each row, for its own queries alone
-        [140 + 128, 12, 128, 12 | 22 << 16],
-        [280 + 128, 12, 128, 22 | 32 << 16],
+    """A prompt of 260 and three endings of 10: 270 queries, then 10 and 10 that share 2 steps."""
+    items, steps = attention_items(one_batch(260, 10, 10, 10), 64)
+    apart = [[128, 64, 2, 2], [192, 64, 4, 2], [0, 64, 0, 1], [64, 64, 1, 1]]
+    np.testing.assert_array_equal(items, [[256, 34, 6, 5], *apart])
+    whole = 64 << 16 | CONTIGUOUS
+    alone = [
+        [0, 64, 0, 64 << 16],
+        [0, 128, 0, whole],
+        [0, 128, 0, whole],
+        [128, 64, 128, 64 << 16],
+        [0, 128, 0, whole],
+        [128, 128, 128, whole],
     ]
-    alone = [[0, 64, 0, 64 << 16], [0, 64, 0, 64 << 16], [64, 64, 64, 64 << 16]]
+    joined = [
+        [0, 128, 0, 34 << 16 | CONTIGUOUS],  # shared: all rows of the item
+        [128, 128, 128, 34 << 16 | CONTIGUOUS],
+        [256, 14, 256, 0 | 14 << 16],  # keys 256.. of each row, for its own queries alone
+        [270 + 256, 14, 256, 14 | 24 << 16],
+        [540 + 256, 14, 256, 24 | 34 << 16],
+    ]
     np.testing.assert_array_equal(steps, alone + joined)
 
 
 def test_parts_end_where_steps_end():
-    """Two prompts of 192 that share a first token: 3 parts each, of 1, 2 and 3 steps."""
+    """Two prompts of 192 that share a first token: 3 parts each, of 64, 128 and 192 keys."""
     rows = [TokenRow([1] + [token] * 192, 100, token) for token in (2, 3)]
     (batch,) = pack(rows, 1024)
     items, steps = attention_items(batch, 64)
     assert sorted(items[:, [0, 1, 3]].tolist()) == [
         [0, 64, 1],
-        [64, 64, 2],
-        [128, 64, 3],
+        [64, 64, 1],
+        [128, 64, 2],
         [192, 63, 1],
-        [255, 64, 2],
-        [319, 64, 3],
+        [255, 64, 1],
+        [319, 64, 2],
     ]
-    assert len(steps) == 2 * (1 + 2 + 3)
+    assert len(steps) == 2 * (1 + 1 + 2)
 
 
 def test_queries_before_a_step_do_not_see_it():
-    items, steps = attention_items(one_batch(70, 30), 128)
-    np.testing.assert_array_equal(items, [[0, 100, 0, 2]])
-    np.testing.assert_array_equal(steps, [[0, 64, 0, 100 << 16], [64, 36, 64, 64 | 100 << 16]])
+    """The second row's own queries begin at position 100, its second step at 128."""
+    items, steps = attention_items(one_batch(100, 20, 100), 128)
+    np.testing.assert_array_equal(items, [[120, 100, 1, 2], [0, 120, 0, 1]])
+    first = [0, 120, 0, 120 << 16]
+    second = [[120, 128, 0, 100 << 16], [248, 72, 128, 28 | 100 << 16]]
+    np.testing.assert_array_equal(steps, [first, *second])
 
 
 def test_rows_that_share_less_than_a_step_stay_apart():
-    items, steps = attention_items(one_batch(63, 10, 10), 128)
-    assert len(items) == 2 and len(steps) == 2 + 2
-    items, steps = attention_items(one_batch(64, 10, 10), 128)
-    assert len(items) == 1 and len(steps) == 1 + 1 + 1
+    """128 queries, and what is left of the first row, which shares its first step or does not."""
+    items, steps = attention_items(one_batch(127, 10, 10), 128)
+    assert len(items) == 3 and len(steps) == 1 + 2 + 2
+    items, steps = attention_items(one_batch(128, 10, 10), 128)
+    assert len(items) == 2 and len(steps) == 1 + (1 + 1 + 1)
 
 
 def test_parts_join_only_where_that_saves_steps():
     """The third row shares 1 step of the 4 that the first two share: 3 more to save 1."""
-    rows = [[1] * 256 + [7] * 5, [1] * 256 + [8] * 5, [1] * 64 + [9] * 5]
-    (batch,) = pack([TokenRow(row, 1, i) for i, row in enumerate(rows)], 268)
+    rows = [[1] * 512 + [7] * 5, [1] * 512 + [8] * 5, [1] * 128 + [9] * 5]
+    (batch,) = pack([TokenRow(row, 1, i) for i, row in enumerate(rows)], 524)
     items, steps = attention_items(batch, 128)
-    np.testing.assert_array_equal(items[:, 1], [8, 128, 128, 4])
-    np.testing.assert_array_equal(items[:, 3], [4 + 1 + 1, 4, 2, 2])
+    np.testing.assert_array_equal(items[:, 1], [8, 128, 128, 128, 4, 128])
+    np.testing.assert_array_equal(items[:, 3], [4 + 1 + 1, 4, 3, 2, 2, 1])
 
 
 @SIZES

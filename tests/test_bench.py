@@ -125,6 +125,11 @@ def test_few_shot_rows():
     assert len(begins) == 1 and len({tuple(row.token_ids) for row in generated.rows}) == 20
     (batch,) = pack(generated.rows, 8192)
     assert len(batch.token_ids) == 1500 + 20 * 29  # the last token is not fed
+    own = rows.few_shot_rows(5, 32000, own=True)
+    assert {len(row.token_ids) for row in own.rows} == {1530}
+    assert len({tuple(row.token_ids[:1500]) for row in own.rows}) == 5
+    (batch,) = pack(own.rows, 8192)
+    assert len(batch.token_ids) == 1 + 5 * (1499 + 4 * 29)  # BOS is everyone's
 
 
 def test_text_and_tokenizer_come_together(tmp_path, real_data):
@@ -649,9 +654,10 @@ def test_kernels_from_end_to_end(pretended_gpu, tmp_path, shape, names):
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out.json").read_text())
     assert {"bench", "date", "gpu", "versions", "dtype", "runs"} <= set(found)
-    assert [run["kernel"] for run in found["runs"]] == [*names, "attention, few-shot"]
-    short, long = found["runs"][3], found["runs"][-1]
-    assert long["flops"] > 5 * short["flops"] > 0
+    names = [*names, "attention, few-shot", "attention, own prompts"]
+    assert [run["kernel"] for run in found["runs"]] == names
+    short, *long = (found["runs"][i] for i in (3, -2, -1))
+    assert all(run["flops"] > 5 * short["flops"] > 0 for run in long)
     assert all(run["seconds"] == 1e-3 and run["of_ceiling"] > 0 for run in found["runs"])
     assert len(result.stdout.splitlines()) == 2 + len(found["runs"])
 

@@ -63,11 +63,14 @@ def measure_kernels(
         questions = max(tokens // 128, 8)  # of 190 tokens each: more than fill it
         rows = read_rows(config, questions, data, tokenizer).rows
         setting = Setting(config, storage, device.ops, plan(rows, tokens, device.ops)[0])
-        shots = plan(few_shot_rows(questions, config.vocab_size).rows, tokens, device.ops)[0]
-        few_shot = partial(attention, replace(setting, batch=shots), "attention, few-shot")
+        long_rows = []
+        for name, own in (("attention, few-shot", False), ("attention, own prompts", True)):
+            shots = few_shot_rows(questions, config.vocab_size, own=own).rows
+            batch = plan(shots, tokens, device.ops)[0]
+            long_rows.append(partial(attention, replace(setting, batch=batch), name))
         has_fp8 = device.compute_capability >= FP8_ARCH
         every = EACH[config.family] + (EIGHT_BIT[config.family] if has_fp8 else ())
-        for make in (*(partial(each, setting) for each in every), few_shot):
+        for make in (*(partial(each, setting) for each in every), *long_rows):
             case = make()
             case.check()
             run = figures(case, watch.seconds(case.launch), ceilings)

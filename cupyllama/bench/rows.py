@@ -74,13 +74,24 @@ def hellaswag_like_rows(questions: int, vocab_size: int, seed: int = 0) -> Token
 
 
 def few_shot_rows(
-    questions: int, vocab_size: int, shared: int = 1500, ending: int = 30, seed: int = 0
+    questions: int,
+    vocab_size: int,
+    shared: int = 1500,
+    ending: int = 30,
+    seed: int = 0,
+    own: bool = False,
 ) -> TokenRows:
-    """Questions of four endings each behind the same long beginning, such as worked examples."""
+    """Questions of four endings each behind a long beginning, such as worked examples.
+
+    Args:
+        own: every question has a beginning of its own; else all have the same.
+    """
     random = np.random.default_rng(seed)
     begin = [_BOS, *_tokens(random, shared - 1, vocab_size)]
     rows: list[TokenRow] = []
-    for _ in range(questions):
+    for number in range(questions):
+        if own and number:
+            begin = [_BOS, *_tokens(random, shared - 1, vocab_size)]
         _add_question(rows, begin, [ending] * _ENDINGS, vocab_size, random)
     return _with_starts(rows)
 

@@ -13,9 +13,11 @@ FP8_ARCH = 89
 # What QUANTIZE of row.cuh is for each kind.
 _QUANTIZE = {"fp8": 1, "int8": 2}
 
-# attention_sm90.cu: keys of a step, on which bits depend, and neighbouring items that run together.
-STEP_KEYS = 64
-SECTION = 8
+# attention_sm90.cu: keys of a step, on which bits depend, and neighbouring items that run together;
+# the mark of steps whose keys lie side by side.
+STEP_KEYS = 128
+SECTION = 16
+CONTIGUOUS = 0x8000
 # attention_decode.cu: keys of a warp, on which bits depend.
 DECODE_CHUNK = 32
 
@@ -141,9 +143,9 @@ def attention_sm90_constants(
 ) -> Constants:
     """Of attention_sm90.cu, for items of 64 or 128 queries.
 
-    STAGES: what the shared memory of a multiprocessor holds for two blocks of one warpgroup that
-    multiplies, or for one block of two.  CHUNK: heads whose keys and values the L2 cache holds for
-    the items of a section.
+    BUFFERS: of keys or values of a step, what the shared memory of a multiprocessor holds for two
+    blocks of one warpgroup that multiplies, or for one block of two.  CHUNK: heads whose keys and
+    values the L2 cache holds for the items of a section.
     """
     assert item_queries in (64, 128), f"{item_queries=}"
     return {
@@ -153,18 +155,19 @@ def attention_sm90_constants(
         "NUM_KV_HEADS": num_key_value_heads,
         "CACHED": int(cached),
         "GROUPS": item_queries // 64,
-        "STAGES": 3 if item_queries == 64 else 5,
+        "BUFFERS": 3 if item_queries == 64 else 6,
         "KEYS": STEP_KEYS,
+        "CONTIGUOUS": CONTIGUOUS,
         "SECTION": SECTION,
         "CHUNK": max(n for n in range(1, 17) if num_heads % n == 0),
     }
 
 
 def attention_sm90_shared_bytes(constants: Constants) -> int:
-    """Queries, stages of keys and values, barriers, and records from producers to consumers."""
-    row, stages = 2 * constants["HEAD_DIM"], constants["STAGES"]
-    matrices = (64 * constants["GROUPS"] + 2 * stages * constants["KEYS"]) * row
-    return matrices + 8 * (4 * stages + 2) + 32 + 8 * stages
+    """Queries and buffers, positions, barriers, and records from producers to consumers."""
+    queries, buffers = 64 * constants["GROUPS"], constants["BUFFERS"]
+    matrices = (queries + buffers * constants["KEYS"]) * 2 * constants["HEAD_DIM"]
+    return matrices + 4 * queries + 8 * (2 * buffers + 2) + 32 + 16 * buffers
 
 
 def attention_store_constants(columns: int, row: int, itemsize: int) -> Constants:

@@ -159,12 +159,14 @@ __device__ inline unsigned long long matrix(unsigned low)
 #define FOUR(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define SIXTEEN(c, i) FOUR(c, i), FOUR(c, i + 4), FOUR(c, i + 8), FOUR(c, i + 12)
 #define SIXTY_FOUR(c, i) SIXTEEN(c, i), SIXTEEN(c, i + 16), SIXTEEN(c, i + 32), SIXTEEN(c, i + 48)
-#define OPERANDS_32 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define OPERANDS_64 OPERANDS_32 \
-    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-    "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define OPERANDS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define OPERANDS_16 OPERANDS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define OPERANDS_32 OPERANDS_16 \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define OPERANDS_48 OPERANDS_32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define OPERANDS_64 OPERANDS_48 \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define OPERANDS_128 OPERANDS_64 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
     "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, " \
@@ -180,6 +182,42 @@ __device__ inline void multiply(
     asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; " WGMMA(64)
                  "{" OPERANDS_32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;}"
                  : SIXTEEN(c, 0), SIXTEEN(c, 16)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
+                   "n"(TRANSPOSED));
+}
+
+// The same for 16 columns.
+template <int TRANSPOSED>
+__device__ inline void multiply(
+    float (&c)[8], const unsigned (&a)[4], unsigned long long b, int accumulate)
+{
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0; " WGMMA(16)
+                 "{" OPERANDS_8 "}, {%8, %9, %10, %11}, %12, p, 1, 1, %14;}"
+                 : FOUR(c, 0), FOUR(c, 4)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
+                   "n"(TRANSPOSED));
+}
+
+// The same for 32 columns.
+template <int TRANSPOSED>
+__device__ inline void multiply(
+    float (&c)[16], const unsigned (&a)[4], unsigned long long b, int accumulate)
+{
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0; " WGMMA(32)
+                 "{" OPERANDS_16 "}, {%16, %17, %18, %19}, %20, p, 1, 1, %22;}"
+                 : SIXTEEN(c, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
+                   "n"(TRANSPOSED));
+}
+
+// The same for 96 columns.
+template <int TRANSPOSED>
+__device__ inline void multiply(
+    float (&c)[48], const unsigned (&a)[4], unsigned long long b, int accumulate)
+{
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %53, 0; " WGMMA(96)
+                 "{" OPERANDS_48 "}, {%48, %49, %50, %51}, %52, p, 1, 1, %54;}"
+                 : SIXTEEN(c, 0), SIXTEEN(c, 16), SIXTEEN(c, 32)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
                    "n"(TRANSPOSED));
 }
@@ -233,11 +271,7 @@ __device__ inline void finish(float (&c)[N])  // c: what a finished one computed
 }
 
 // What was written by cp.async becomes visible to wgmma, which reads shared memory its own way.
-__device__ inline void wait_for_matrix(unsigned barrier, unsigned parity)
-{
-    wait(barrier, parity);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+__device__ inline void see_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // This warp has read what the barrier guards.
 __device__ inline void release(unsigned barrier)
@@ -246,8 +280,7 @@ __device__ inline void release(unsigned barrier)
     if (threadIdx.x % 32 == 0) arrive(barrier);
 }
 
-// A 4 x 4 transpose over the lanes of a quad: lane t's word i goes to lane i's word t.  exchange()
-// of attention_softmax.cuh does the same; in the other's place either changes the machine code.
+// A 4 x 4 transpose over the lanes of a quad: lane t's word i goes to lane i's word t.
 __device__ inline void transpose(unsigned (&word)[4])
 {
     const int lane = threadIdx.x;

@@ -9,6 +9,7 @@ import numpy as np
 from cupyllama.kernels import definitions, kernel
 from cupyllama.ops.arrays import check, multiprocessors, storage
 from cupyllama.ops.attention_plan import QUERY_TILE
+from cupyllama.ops.gemm_sm90 import tensor_map
 
 Array = cupy.ndarray
 
@@ -106,8 +107,16 @@ def attention_sm90(
         groups, items = constants["GROUPS"], len(batch.items)
         # Two blocks of one group that multiplies, or one of two, fill a multiprocessor.
         blocks = min(multiprocessors(qkv.device.id) * (2 // groups), items * num_heads)
-        cut = (batch.items, batch.steps, batch.key_index, batch.positions, batch.counter)
-        arguments = (out, qkv, *cut, np.int32(items), scale(constants["HEAD_DIM"]), cache)
+        keys = qkv if cache is None else cache
+        arguments = (
+            out,
+            qkv,
+            tensor_map(keys.data.ptr, len(keys), keys.shape[1] * keys.itemsize, constants["KEYS"]),
+            *(batch.items, batch.steps, batch.key_index, batch.positions, batch.counter),
+            *(np.int32(items), np.int32(len(batch.steps)), np.int32(len(batch.key_index))),
+            scale(constants["HEAD_DIM"]),
+            cache,
+        )
         launch((blocks,), (128 * groups + 128,), arguments, shared_mem=shared)
     return out
 

@@ -6,7 +6,7 @@
 
 import numpy as np
 
-from cupyllama.kernels.definitions import SECTION, STEP_KEYS
+from cupyllama.kernels.definitions import CONTIGUOUS, SECTION, STEP_KEYS
 from cupyllama.packing import MicroBatch, common_prefix_length
 
 # Queries of a tile.
@@ -74,7 +74,8 @@ def attention_items(
     Returns:
         items: (items, 4) int32: packed place of the first query, queries, first step, steps.
         steps: (steps, 4) int32: where the first key stands in key_index, keys, position of the
-            first key in its row, and of the item's queries the first to see it | the end << 16.
+            first key in its row, and of the item's queries the first to see it | the end << 16,
+            and CONTIGUOUS where there are STEP_KEYS that lie side by side in the order of the row.
     """
     past, segment, first, count = _cut(batch, queries, at_steps=True)
     position = past[segment] + first  # of a part's first query in its row
@@ -104,15 +105,10 @@ def attention_items(
     key = (np.arange(len(run)) - (np.cumsum(run_steps) - run_steps - begin)[run]) * STEP_KEYS
     of = part[run]
     seen_from = np.where(whole[run], 0, row[of] + np.maximum(key - position[of], 0))
-    steps = np.stack(
-        [
-            batch.key_start[segment[of]] + key,
-            np.minimum(keys[of] - key, STEP_KEYS),
-            key,
-            seen_from | end_row[run] << 16,
-        ],
-        axis=1,
-    )
+    begins = batch.key_start[segment[of]] + key
+    step_keys = np.minimum(keys[of] - key, STEP_KEYS)
+    rows = seen_from | end_row[run] << 16 | _contiguous(batch.key_index, begins, step_keys)
+    steps = np.stack([begins, step_keys, key, rows], axis=1)
     item_steps = np.bincount(item_of_part[of], minlength=len(opens))
     place = batch.segment_start[segment[opens]] + first[opens]
     items = np.stack([place, item_count, np.cumsum(item_steps) - item_steps, item_steps], axis=1)
@@ -147,6 +143,17 @@ def _cut(
     first = np.where(number == 0, 0, lead[segment] + (number - 1) * size)
     end = np.minimum(lead[segment] + number * size, queries[segment])
     return past, segment, first, end - first
+
+
+def _contiguous(key_index: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """CONTIGUOUS for whole steps of keys that lie side by side, 0 for others.
+
+    Of fewer keys the copy engine would fetch others' as well, whose NaN were not theirs alone.
+    """
+    breaks = np.zeros(len(key_index), np.int64)  # before each key, counted from the first
+    np.cumsum(np.diff(key_index) != 1, out=breaks[1:])
+    together = breaks[begins] == breaks[begins + counts - 1]
+    return np.where(together & (counts == STEP_KEYS), CONTIGUOUS, 0)
 
 
 def _join(

@@ -40,7 +40,7 @@ def fits(
         head_dim: given, whether they allow `linear_rope` for heads of that size.
     """
     eight_bit = isinstance(weight, Quantized)
-    if eight_bit != isinstance(x, Quantized) or not _is_hopper(_device()):
+    if eight_bit != isinstance(x, Quantized) or not is_hopper(_device()):
         return False
     arrays = (x.values, x.scale, weight.values, weight.scale) if eight_bit else (x, weight)
     row_bytes = x.shape[1] * arrays[0].itemsize
@@ -125,8 +125,8 @@ def _launch(
     tiles = -(-m // (cluster * tile_m)) * -(-n // width)  # of a whole cluster
     arguments = (
         out,
-        _tensor_map(x.data.ptr, m, row_bytes, tile_m),
-        _tensor_map(weight.data.ptr, rows, row_bytes, tile_n // cluster),
+        tensor_map(x.data.ptr, m, row_bytes, tile_m),
+        tensor_map(weight.data.ptr, rows, row_bytes, tile_n // cluster),
         *scales,
         *turn,
         np.int32(m),
@@ -144,13 +144,13 @@ def _device() -> int:
 
 
 @functools.cache
-def _is_hopper(device: int) -> bool:
+def is_hopper(device: int) -> bool:
     """wgmma is of 9.0 alone, neither of what came before nor of what came after."""
     return cupy.cuda.Device(device).compute_capability == "90"
 
 
 @functools.lru_cache(maxsize=4096)
-def _tensor_map(pointer: int, rows: int, row_bytes: int, box_rows: int) -> np.ndarray:
+def tensor_map(pointer: int, rows: int, row_bytes: int, box_rows: int) -> np.ndarray:
     """A CUtensorMap of a matrix in boxes of 128 bytes of `box_rows` rows, zero beyond its end.
 
     It says nothing but what the arguments do, and owns nothing: it may outlive the array, and is

@@ -1,5 +1,7 @@
 """Every attention kernel against its definition, and the bits of a row against its company."""
 
+import itertools
+
 import numpy as np
 import pytest
 from device_arrays import (
@@ -24,6 +26,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 FP16, FP32 = np.dtype(np.float16), np.dtype(np.float32)
 CHECKED_SEGMENTS = 12
+# Of a longer segment every second is checked, or third: float64 takes its time.
+CHECKED_QUERIES = 1024
 
 # Query and key heads for each head size.
 HEADS = {
@@ -95,31 +99,38 @@ def prompts(rng, *prompts):
 
 
 def check_kernels(rng, qkv, batch, heads, kv_heads):
-    """All kernels on the first, the last and some other segments; and that all is finite."""
+    """All kernels on the first, the last and some other segments; and that all is finite.
+
+    What is for either size of items has the same bits.
+    """
     head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
     outs = {
         name: launch(qkv, batch, heads, kv_heads)
         for name, launch in kernels_for(qkv.dtype, head_dim).items()
     }
     assert all(np.isfinite(wide(out)).all() for out in outs.values())
+    if "sm90, 64" in outs:
+        assert_same_bits(outs["sm90, 64"], outs["sm90, 128"])
     x = qkv.reshape(len(qkv), -1, head_dim)
     count = len(batch.segment_start) - 1
     for s in {0, count - 1, *rng.integers(0, count, CHECKED_SEGMENTS).tolist()}:
         first, last = batch.segment_start[s : s + 2]
         row = x[batch.key_index[batch.key_start[s] : batch.key_start[s + 1]]].astype(np.float64)
         n, k = last - first, len(row)
-        q = row[k - n :, :heads].transpose(1, 0, 2)
+        every = -(-n // CHECKED_QUERIES)
+        at = np.arange(k - n, k, every)
+        q = row[at, :heads].transpose(1, 0, 2)
         keys, values = (
             np.repeat(part.transpose(1, 0, 2), heads // kv_heads, axis=0)
             for part in np.split(row[:, heads:], 2, axis=1)
         )
         scores = q @ keys.transpose(0, 2, 1) / np.sqrt(head_dim)
-        scores[:, np.arange(k) > np.arange(k - n, k)[:, None]] = -np.inf
+        scores[:, np.arange(k) > at[:, None]] = -np.inf
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         expected = weights / weights.sum(axis=-1, keepdims=True) @ values
         for name, out in outs.items():
             print(f"{name}, segment {s} of {count}, {n} queries, {k} keys")
-            assert_close(out[first:last], expected.transpose(1, 0, 2).reshape(n, -1))
+            assert_close(out[first:last:every], expected.transpose(1, 0, 2).reshape(len(at), -1))
 
 
 @every_dtype
@@ -148,9 +159,22 @@ def test_attention_of_other_heads(rng, head_dim, heads, kv_heads):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_attention_over_long_rows(rng, dtype, head_dim):
     heads, kv_heads = HEADS[head_dim]
-    batch = prompts(rng, (2210, 90, 1, 64, 30), (129, 300, 1), (700, 3, 90, 1, 1, 1, 33, 17))
+    batch = prompts(
+        rng,
+        *((2210, 90, 1, 64, 30), (129, 300, 1), (700, 3, 90, 1, 1, 1, 33, 17)),
+        *((1984, 64, 63, 65), (4000, 96, 30)),
+    )
     # sharp softmax: the peak moves
     qkv = normal(rng, (len(batch.token_ids), (heads + 2 * kv_heads) * head_dim), dtype, 2)
+    check_kernels(rng, qkv, batch, heads, kv_heads)
+
+
+@pytest.mark.parametrize("head_dim, heads, kv_heads", [(128, 32, 8), (64, 16, 16)])
+def test_attention_of_few_shot_prompts(rng, head_dim, heads, kv_heads):
+    """Many pieces of work for each block, of steps that lie side by side and of some that do not;
+    and most have rows for both warpgroups in some steps, for one in others."""
+    batch = prompts(rng, *[(1500, 30, 30, 30, 30)] * 5)
+    qkv = normal(rng, (len(batch.token_ids), (heads + 2 * kv_heads) * head_dim), FP16, 1.5)
     check_kernels(rng, qkv, batch, heads, kv_heads)
 
 
@@ -163,6 +187,7 @@ def test_row_bits_do_not_depend_on_company(rng, dtype, head_dim):
     heads, kv_heads = HEADS[head_dim]
     vectors = normal(rng, (5003, (heads + 2 * kv_heads) * head_dim), dtype)
     rows = [(50, 10, 12, 9), (300, 30, 31, 29, 30), (90, 70, 2), (128, 64, 64), (7, 3)]
+    rows += [(520, 30, 30, 30)]
     rows = [TokenRow(*row) for row in _rows(rng, rows)]
     chosen = [rows, rows[1::2], rows[::3], *([row] for row in rows[::4])]
     bits = {}
@@ -209,7 +234,7 @@ def test_attention_over_many_segments(rng, head_dim, heads):
         np.testing.assert_array_equal(out, qkv[:, 2 * heads * head_dim :])
 
 
-@pytest.mark.parametrize("prompt", [0, 63])
+@pytest.mark.parametrize("prompt", [0, 63, 127])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_attention_ignores_other_rows(rng, head_dim, prompt):
     """NaN in what is a row's own stays in that row; its neighbours' steps end beside it."""
@@ -254,15 +279,17 @@ def test_upload(rng):
         assert device.tiles.data.ptr % 8 == 0
 
 
-def sequences(rng, *shapes):
-    """Segments with keys in a cache, in slots in no order; and how many slots there are.
+def sequences(rng, *shapes, scattered=True):
+    """Segments with keys in a cache, and how many slots there are.
 
     Args:
+        scattered: the slots are in no order; else keys that are nobody else's lie side by side.
         shapes: of each its own tokens, the keys before them, and the segment that has these as its
             first; -1: they are in the cache already.
     """
     total = sum(own + past for own, past, _ in shapes) + 5
-    slots = iter(rng.permutation(total).astype(np.int32))
+    slots = rng.permutation(total) if scattered else np.arange(total)
+    slots = iter(slots.astype(np.int32))
     found = []
     for own, past, other in shapes:
         first = [next(slots) for _ in range(past)] if other < 0 else found[other].slots[:past]
@@ -284,13 +311,16 @@ CACHED = [
 
 @every_dtype
 @pytest.mark.parametrize("shapes", CACHED)
+@pytest.mark.parametrize("scattered", [True, False])
 @pytest.mark.parametrize("head_dim", [62, 64, 80, 128, 256])
-def test_attention_over_a_cache(rng, dtype, head_dim, shapes):
+def test_attention_over_a_cache(rng, dtype, head_dim, scattered, shapes):
     """Every kernel against float64, its cache holding NaN where no key is."""
     if dtype == BF16 and head_dim not in (64, 128):
         pytest.skip("as float16")
+    if not scattered and head_dim not in (64, 128):
+        pytest.skip("as scattered")
     heads, kv_heads = HEADS[head_dim]
-    batch, slots = sequences(rng, *shapes)
+    batch, slots = sequences(rng, *shapes, scattered=scattered)
     qkv = normal(rng, (len(batch.token_ids), (heads + 2 * kv_heads) * head_dim), dtype, 1.5)
     before = np.full((slots, 2 * kv_heads * head_dim), np.nan, dtype)
     before[batch.key_index] = normal(rng, (len(batch.key_index), before.shape[1]), dtype)
@@ -335,10 +365,11 @@ def attend(q, keys_and_values):
 def test_cached_bits_are_those_of_packed_rows(rng, dtype, head_dim):
     """The same keys in the same order, wherever they lie."""
     heads, kv_heads = HEADS[head_dim]
-    for shape in FORESTS:
+    for shape, scattered in itertools.product(FORESTS, (True, False)):
         batch = forest(rng, *shape)[0]
         tokens = len(batch.token_ids)
-        slots = rng.permutation(tokens + 30).astype(np.int32)[:tokens]
+        slots = rng.permutation(tokens + 30) if scattered else np.arange(30, tokens + 30)
+        slots = slots.astype(np.int32)[:tokens]
         changes = {"key_index": slots[batch.key_index], "slots": slots}
         cached = CachedBatch(**(vars(batch) | changes))
         qkv = normal(rng, (tokens, (heads + 2 * kv_heads) * head_dim), dtype)
