@@ -30,6 +30,10 @@ FEW_ROWS = {
     64: (128, 4, 1, 2, 1, 4, 1),
     128: (128, 4, 2, 1, 2, 2, 1),
 }
+# few_rows_sm90.cu: as many rows of x as a tile takes, those of w that it has, and k of a stage.
+FEW_ROWS_SM90 = (16, 32, 64, 128)
+FEW_ROWS_SM90_TILE = 256
+FEW_ROWS_SM90_STAGE = 128
 # gemv.cu: for how many rows of x it is compiled, and what it is the fastest with on 9.0: warps of a
 # block, words of x in the registers of a lane, and shared memory at most.
 GEMV = (1, 2, 4)
@@ -273,6 +277,38 @@ def few_rows_shared_bytes(constants: Constants) -> int:
     k = constants["K_WARPS"] * constants["CHUNKS"]  # in 64 bytes of w
     ring = constants["STAGES"] * k * (64 * constants["ROWS"] + 128 * constants["TOKENS"])
     return ring + constants["SUM_PARTS"] * constants["TOKENS"] * (constants["ROWS"] + 4) * 4
+
+
+def few_rows_sm90_constants(storage: str, rows: int, epilogue: str, wide: bool) -> Constants:
+    """Of few_rows_sm90.cu.  Bits depend on how many blocks there are.
+
+    STAGES: what the shared memory of a multiprocessor holds.  BATCH, BEHIND: wgmma that are begun
+    together, and how many batches are left under way while the next is made ready; more of either
+    would not fit the registers beside the sums of 128 rows.
+
+    Args:
+        rows: of x.
+        epilogue: PLAIN, RELU, SWIGLU or ROPE.
+        wide: the result is float32.
+    """
+    constants = {
+        "STORAGE": storage,
+        "EPILOGUE": epilogue,
+        "OUT_T": "float" if wide else "storage_t",
+        "TOKENS": next(size for size in FEW_ROWS_SM90 if rows <= size),
+        "STAGES": 1,
+        "BATCH": 2,
+        "BEHIND": 1,
+    }
+    least = few_rows_sm90_shared_bytes(constants)
+    return constants | {"STAGES": 227 * 1024 // least}
+
+
+def few_rows_sm90_shared_bytes(constants: Constants) -> int:
+    """A ring of w and x, two barriers a stage, and a word for each of four warpgroups."""
+    row = FEW_ROWS_SM90_STAGE
+    stage = FEW_ROWS_SM90_TILE * row + constants["TOKENS"] * 2 * row
+    return constants["STAGES"] * (stage + 16) + 16
 
 
 def gemv_constants(

@@ -198,15 +198,6 @@ __device__ inline void finish(
     finish(y, sum, token, pair, beside, after, sizes);
 }
 
-// The line of all stages, and where each of its equal pieces begins.
-struct Line {
-    long long items;
-    int blocks;
-
-    __device__ inline int begin(int block) const { return block * items / blocks; }
-    __device__ inline int block_of(int item) const { return ((item + 1ll) * blocks - 1) / items; }
-};
-
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) few_rows(
     out_t *y,                               // (m, n), or (m, n / 2) with SWIGLU
     const storage_t *__restrict__ x,        // (m, k)

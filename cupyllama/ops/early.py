@@ -40,7 +40,8 @@ def launch_early(
 
     Args:
         function: as `kernels.kernel` returned it.
-        arguments: arrays, None for a null pointer, or numbers of NumPy.
+        arguments: arrays, None for a null pointer, numbers of NumPy, or arrays of NumPy, of which
+            the kernel gets the bytes.
     """
     raw = getattr(function, "kernel", None)
     if raw is None:  # each launch is watched: CUPYLLAMA_DEBUG
@@ -68,4 +69,6 @@ def _value(argument: Any) -> Any:
         return ctypes.c_void_p(None)
     if isinstance(argument, cupy.ndarray):
         return ctypes.c_void_p(argument.data.ptr)
+    if isinstance(argument, np.ndarray):
+        return (ctypes.c_char * argument.nbytes).from_buffer(argument)
     return np.ctypeslib.as_ctypes_type(argument.dtype)(argument.item())

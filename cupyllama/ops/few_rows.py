@@ -11,7 +11,7 @@ import cupy
 import numpy as np
 
 from cupyllama.kernels import definitions, kernel
-from cupyllama.ops import cuda
+from cupyllama.ops import cuda, few_rows_sm90
 from cupyllama.ops.arrays import check, multiprocessors, storage
 from cupyllama.ops.early import launch_early
 from cupyllama.ops.gemm import gemm
@@ -19,8 +19,8 @@ from cupyllama.quantized import Quantized
 
 Array = cupy.ndarray
 
-# Up to so many rows gemv.cu is the fastest.  Beyond, few_rows.cu is for int8, as far as it goes;
-# elsewhere cuBLASLt is, even after a pass that makes 16 bits of int8.
+# Up to so many rows gemv.cu is the fastest.  Beyond, few_rows.cu is for int8, as far as it goes, or
+# few_rows_sm90.cu; elsewhere cuBLASLt is, even after a pass that makes 16 bits of int8.
 GEMV_ROWS = max(definitions.GEMV)
 # From so many rows on everything is as in scoring, which has the best algorithms for that.
 MANY_ROWS = 2048
@@ -172,6 +172,9 @@ def _launch(
     if m <= GEMV_ROWS:
         constants = _gemv_constants(device, storage(x), eight_bit, m, k, epilogue, wide)
         launch = _gemv(device, constants, (m, n, apart or 1), arrays, numbers)
+    elif few_rows_sm90.fits(device, m, epilogue, apart):
+        sizes = (m, n, k, apart or 8)
+        launch = few_rows_sm90.launch(device, epilogue, sizes, arrays, numbers, _counters(device))
     else:
         constants = _tile(device, storage(x), m, epilogue, wide)
         launch = _tiles(device, constants, (m, n, k, apart or 8), arrays, numbers)

@@ -10,6 +10,7 @@ from cupyllama.quantized import Quantized
 cupy = pytest.importorskip("cupy")
 cuda = pytest.importorskip("cupyllama.ops.cuda")
 few_rows = pytest.importorskip("cupyllama.ops.few_rows")
+few_rows_sm90 = pytest.importorskip("cupyllama.ops.few_rows_sm90")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
@@ -126,6 +127,38 @@ def test_tiles_of_as_few_rows_as_gemv_takes(rng, monkeypatch, epilogue, m):
         assert_true(case.run(), case.truth())
 
 
+@every_epilogue
+@pytest.mark.parametrize("m", [5, 8, 16, 31, 64, 100])
+def test_tiles_without_wgmma(rng, monkeypatch, epilogue, m):
+    monkeypatch.setattr(few_rows_sm90, "fits", lambda *_: False)
+    for n, k in SIZES:
+        case = Case(rng, epilogue, FP16, True, m, n, k)
+        assert_true(case.run(), case.truth())
+
+
+@every_dtype
+@every_epilogue
+@pytest.mark.parametrize("m", [5, 16, 17, 32, 33, 128])
+def test_wgmma_against_the_truth(rng, monkeypatch, epilogue, dtype, m):
+    blocks = few_rows_sm90._blocks
+    for way in (blocks, lambda places, tiles, stages: min(places, tiles * stages)):
+        # as few pieces of tiles as can be, or as many
+        monkeypatch.setattr(few_rows_sm90, "_blocks", way)
+        for n, k in SIZES:
+            case = Case(rng, epilogue, dtype, True, m, n, k)
+            assert_true(case.run(), case.truth())
+
+
+@every_epilogue
+@pytest.mark.parametrize("m", [32, 120])
+def test_wgmma_by_few_blocks(rng, monkeypatch, epilogue, m):
+    """Each has the end of a tile, several whole ones and the beginning of another."""
+    monkeypatch.setattr(few_rows_sm90, "multiprocessors", lambda device: 3)
+    for n, k in ((2704, 4096), (1664, 528)):
+        case = Case(rng, epilogue, FP16, True, m, n, k)
+        assert_true(case.run(), case.truth())
+
+
 @every_kind
 @every_epilogue
 @pytest.mark.parametrize("m", [1, 2, 4])
@@ -162,9 +195,10 @@ def test_any_number_of_columns(rng, eight_bit, m, n):
 
 
 @every_kind
-@pytest.mark.parametrize("half", [3, 40, 48, 64, 128])
-def test_heads_of_any_size(rng, eight_bit, half):
-    case = Case(rng, "rope", FP16, eight_bit, 6, 5 * 2 * half, 512, half=half)
+@pytest.mark.parametrize("half", [3, 32, 40, 48, 64, 128])
+@pytest.mark.parametrize("m", [6, 20])
+def test_heads_of_any_size(rng, eight_bit, m, half):
+    case = Case(rng, "rope", FP16, eight_bit, m, 5 * 2 * half, 512, half=half)
     assert_true(case.run(), case.truth())
 
 
@@ -179,11 +213,12 @@ def test_float32_results(rng, dtype, eight_bit, m):
 
 
 @every_dtype
-def test_every_byte_is_itself(dtype):
-    """All 256 of them, by products with one."""
-    values = np.arange(-128, 128, dtype=np.int8).repeat(16).reshape(256, 16)
+@pytest.mark.parametrize("k", [16, 128])
+def test_every_byte_is_itself(dtype, k):
+    """All 256 of them at every place, by products with one."""
+    values = (np.arange(256)[:, None] + 37 * np.arange(k)).astype(np.uint8).view(np.int8)
     scale = np.ones(256, np.float32)
-    x = np.zeros((16, 16), dtype)
+    x = np.zeros((k, k), dtype)
     np.fill_diagonal(x, 1)
     weight = Quantized(cupy.asarray(values), cupy.asarray(scale))
     out = few_rows.linear(cupy.asarray(x), weight, out_dtype=FP32)
@@ -192,7 +227,7 @@ def test_every_byte_is_itself(dtype):
 
 @every_dtype
 @every_kind
-@pytest.mark.parametrize("m", [1, 8, 16, 32, 64, 200])
+@pytest.mark.parametrize("m", [1, 8, 16, 32, 64, 128, 200])
 def test_two_runs_have_the_same_bits(rng, dtype, eight_bit, m):
     case = Case(rng, "residual", dtype, eight_bit, m, 2064, 7168)
     first = host(case.run())
@@ -202,7 +237,7 @@ def test_two_runs_have_the_same_bits(rng, dtype, eight_bit, m):
 
 @every_kind
 @every_epilogue
-@pytest.mark.parametrize("m", [2, 16, 32, 64, 200])
+@pytest.mark.parametrize("m", [2, 16, 32, 64, 100, 200])
 def test_a_row_does_not_see_the_others(rng, eight_bit, epilogue, m):
     case = Case(rng, epilogue, FP16, eight_bit, m, 1040, 4096)
     first, other = host(case.run()), rng.standard_normal(case.x.shape).astype(FP16)

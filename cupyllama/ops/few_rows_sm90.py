@@ -1,0 +1,74 @@
+"""Products of int8 weights with tens of rows, for compute capability 9.0."""
+
+from typing import Any
+
+import cupy
+import numpy as np
+
+from cupyllama.kernels import definitions, kernel
+from cupyllama.ops.arrays import multiprocessors, storage
+from cupyllama.ops.gemm_sm90 import is_hopper, tensor_map
+
+_THREADS = 640
+_ROWS = definitions.FEW_ROWS_SM90_TILE
+_STAGE = definitions.FEW_ROWS_SM90_STAGE
+
+
+def fits(device: int, rows: int, epilogue: str, apart: int | None) -> bool:
+    """Whether the kernel takes so many rows of x; heads must lie in a tile as a whole.
+
+    Args:
+        epilogue: PLAIN, RELU, SWIGLU or ROPE.
+        apart: with ROPE, half a head.
+    """
+    return (
+        is_hopper(device)
+        and rows <= max(definitions.FEW_ROWS_SM90)
+        and (epilogue != "ROPE" or apart % 8 == 0 and _ROWS // 2 % apart == 0)
+    )
+
+
+def launch(
+    device: int,
+    epilogue: str,
+    sizes: tuple[int, int, int, int],
+    arrays: tuple[Any, ...],
+    numbers: tuple[Any, ...],
+    counters: cupy.ndarray,
+) -> tuple:
+    """What to launch: function, blocks, threads, arguments and bytes of shared memory.
+
+    Args:
+        sizes: m, n, k, and how far the rows of a pair lie apart.
+        arrays: out, x, the values of the weight, and the others that follow them in the kernel.
+        numbers: the last arguments.
+        counters: int32 zeros, which the launch leaves as it finds them.
+    """
+    (m, n, k, _), (out, x, values, *others) = sizes, arrays
+    wide = out.dtype != x.dtype
+    constants = definitions.few_rows_sm90_constants(storage(x), m, epilogue, wide)
+    tokens = constants["TOKENS"]
+    blocks = _blocks(multiprocessors(device), -(-n // _ROWS), -(-k // _STAGE))
+    assert 4 * blocks <= counters.size, f"{blocks} blocks"
+    arguments = (
+        out,
+        tensor_map(x.data.ptr, m, k * x.itemsize, tokens),
+        tensor_map(values.data.ptr, n, k, _ROWS // 2),
+        *others,
+        cupy.empty((blocks, 2, tokens, _ROWS), np.float32),
+        counters,
+        *map(np.int32, sizes),
+        *numbers,
+    )
+    shared = definitions.few_rows_sm90_shared_bytes(constants)
+    function = kernel("few_rows_sm90.cu", "few_rows_sm90", shared, **constants)
+    return function, blocks, _THREADS, arguments, shared
+
+
+def _blocks(places: int, tiles: int, stages: int) -> int:
+    """How many share the work: as many as tiles or a multiple of it, where there are places.
+
+    Pieces of tiles are written, and read again by whoever finishes them: the 84 tiles of 21,504 rows
+    of 7,168 take 61 us by 84 blocks, 67 by 132.
+    """
+    return min(places // tiles, stages) * tiles or places
