@@ -1,6 +1,7 @@
 """A session from options to an engine: the cache that memory allows, and what is refused."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cupyllama.errors import DeviceError, ModelError
 from cupyllama.generation.blocks import BLOCK_TOKENS, blocks_for
 from cupyllama.generation.engine import PREFILL_TOKENS, Prompt
 from cupyllama.generation.session import SessionOptions, open_session
+from cupyllama.ops import decode_reference
 from cupyllama.parallel import devices
 from cupyllama.sizing import activation_bytes
 
@@ -90,3 +92,16 @@ def test_wrong_files_are_found_before_prompts_are_read(model, tmp_path):
     write_tokenizer(tmp_path, 400)
     with pytest.raises(ModelError, match="has 400 tokens"), open_session(options(tmp_path)):
         raise AssertionError
+
+
+@pytest.mark.parametrize("error", [None, DeviceError("no more")])
+def test_a_session_that_ends_closes_what_generates(error, model, monkeypatch):
+    closed = []
+    monkeypatch.setattr(decode_reference.Decoder, "close", lambda self: closed.append(self))
+    made = []
+    with suppress(DeviceError), open_session(options(model)) as session:
+        made += [session.engine(2, 40).decoder for _ in range(2)]
+        assert not closed
+        if error:
+            raise error
+    assert closed == made

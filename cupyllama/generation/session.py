@@ -14,7 +14,7 @@ from cupyllama.generation.engine import PREFILL_TOKENS, Engine
 from cupyllama.parallel.devices import Device, storage_dtype
 from cupyllama.parallel.links import connect_links
 from cupyllama.parallel.pipeline import connect_group
-from cupyllama.parallel.world import open_world
+from cupyllama.parallel.world import World, open_world
 from cupyllama.provenance import digests
 from cupyllama.rank import Rank, check_same
 from cupyllama.sizing import activation_bytes
@@ -70,6 +70,10 @@ class Session(Rank):
     After `set_up`: `config`, `tokenizer`, `device`, `dtype`, `quantize`, and weights on their way.
     """
 
+    def __init__(self, options: SessionOptions, world: World):
+        super().__init__(options, world)
+        self._decoders: list[Any] = []
+
     def set_up(self) -> None:
         """Who does what on which device; begins to load. In `world.together()`."""
         self.choose_part()
@@ -122,7 +126,14 @@ class Session(Rank):
                     )
             except MemoryError as error:
                 raise self._too_small(max_keys) from error
+        self._decoders.append(decoder)
         return Engine(decoder, BlockPool(blocks), rows, max_keys)
+
+    def close(self) -> None:
+        """End what is open; no engine of this session is used any more."""
+        for decoder in self._decoders:
+            decoder.close()
+        super().close()
 
     def _cache_blocks(self, rows: int, max_keys: int, sharing: int) -> int:
         """Blocks that this rank has memory for, of those that can be used."""

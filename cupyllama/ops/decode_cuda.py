@@ -111,6 +111,14 @@ class Decoder:
         self._steps: dict[int, _Step] = {}
         self._kept: deque[tuple[cupy.cuda.Event, Any]] = deque()
 
+    def close(self) -> None:
+        """Let go of the steps' graphs; before the group goes, if it has one.
+
+        A communicator of NCCL that is destroyed waits for the graphs that use it, for good if
+        nobody else destroys them.
+        """
+        self._steps.clear()
+
     def admit(
         self, row: int, slots: np.ndarray, settings: SamplingSettings, seen: Sequence[int]
     ) -> None:

@@ -58,6 +58,9 @@ class Decoder:
         self.key_table = np.zeros((rows, max_keys), np.int32)  # the slot of each key
         self.sampling = SamplingState(rows, vocab_size)
 
+    def close(self) -> None:
+        """The last that is asked of it: what a device holds for steps may go."""
+
     def admit(
         self, row: int, slots: np.ndarray, settings: SamplingSettings, seen: Sequence[int]
     ) -> None:

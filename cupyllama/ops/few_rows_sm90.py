@@ -68,7 +68,7 @@ def launch(
 def _blocks(places: int, tiles: int, stages: int) -> int:
     """How many share the work: as many as tiles or a multiple of it, where there are places.
 
-    Pieces of tiles are written, and read again by whoever finishes them: the 84 tiles of 21,504 rows
-    of 7,168 take 61 us by 84 blocks, 67 by 132.
+    Pieces of tiles are written, and read again by whoever finishes them: the 84 tiles of 21,504
+    rows of 7,168 take 61 us by 84 blocks, 67 by 132.
     """
     return min(places // tiles, stages) * tiles or places
