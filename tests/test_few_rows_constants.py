@@ -53,6 +53,7 @@ def test_tiles_by_wgmma_fit(rows):
     # A box of the copy engine has at most 256 rows, a phase of a barrier less than 2^20 bytes.
     assert rows <= c["TOKENS"] <= 256 and c["TOKENS"] % 16 == 0, c
     assert c["STAGES"] >= 3, c
+    assert (definitions.FEW_ROWS_SM90_TILE + 2 * c["TOKENS"]) * 128 < 1 << 20, c
     assert definitions.few_rows_sm90_shared_bytes(c) <= 227 * 1024, c
 
 

@@ -4,24 +4,8 @@
 struct Lists {
     const int4 *items, *steps;
     const int *key_index, *positions;
-    int item_count, step_count, key_count;
+    int item_count;
 };
-
-// What the first pieces need in order to find their keys: the threads of one block ask for all of
-// it at once.  Other work has driven it from the L2 cache since the last layer.
-__device__ inline void prefetch(Lists lists)
-{
-    const int line = threadIdx.x, word = 32 * line;  // lines of 128 bytes
-    const void *wanted = nullptr;
-    if (line < 8) {
-        if (word / 4 < lists.item_count) wanted = lists.items + word / 4;
-    } else if (line < 32) {
-        if (word / 4 - 64 < lists.step_count) wanted = lists.steps + word / 4 - 64;
-    } else if (word - 1024 < lists.key_count) {
-        wanted = lists.key_index + word - 1024;
-    }
-    if (wanted) asm volatile("prefetch.global.L2 [%0];" :: "l"(wanted));
-}
 
 // The item and head of piece `number`.
 __device__ inline int2 item_and_head(int number, int items)
@@ -90,7 +74,7 @@ __device__ inline void produce(
 
         wait(room.queries_empty(), round & 1 ^ 1);
         if (thread == 0) {
-            store_words(room.item(), item.x, end ? 0 : item.y, item.w, where.y);
+            store_words(room.piece(), item.x, end ? 0 : item.y, item.w, where.y);
             arrive(room.queries_full());
         }
         if (!end) fetch_queries(room, qkv, lists.positions, item, where.y);
@@ -106,7 +90,7 @@ __device__ inline void produce(
             const bool boxes = BOXES && step.w & CONTIGUOUS;
             wait(room.empty(turn.at), turn.parity);
             if (thread == 0) {
-                if (part == 0) store_words(room.step(turn.at), step.z, step.w, step.y, 0);
+                if (part == 0) store_words(room.step(turn.at), step.z, step.y, step.w, 0);
                 if (boxes) {
                     arrive_expecting(full, PART);
 #pragma unroll
@@ -128,7 +112,8 @@ __device__ inline void produce(
 
         int taken = 0;
         for (int left = item.w; left > 0; left--) {
-            // What comes next is looked up before this step is copied.
+            // What comes next is looked up before this step is copied; the keys of the next piece
+            // after it, for its first step is only just read.
             int4 after;
             int next_place = 0;
             if (left == 1) {

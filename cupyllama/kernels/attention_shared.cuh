@@ -9,7 +9,7 @@ struct Room {
     __device__ unsigned empty(int i) const { return full(BUFFERS + i); }
     __device__ unsigned queries_full() const { return full(2 * BUFFERS); }
     __device__ unsigned queries_empty() const { return full(2 * BUFFERS + 1); }
-    __device__ unsigned item() const { return base + RECORDS; }
+    __device__ unsigned piece() const { return base + RECORDS; }
     __device__ unsigned tickets() const { return base + RECORDS + 16; }
     __device__ unsigned step(int i) const { return base + RECORDS + 32 + 16 * i; }
 };

@@ -47,7 +47,7 @@ constexpr int RECORDS = BARRIERS + 8 * (2 * BUFFERS + 2);  // what producers tel
 constexpr int PRODUCER_REGISTERS = 56;
 constexpr int CONSUMER_REGISTERS = GROUPS == 1 ? 200 : 224;
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "");
-static_assert(KEYS == 128, "what multiply() is written for");
+static_assert(KEYS == PRODUCERS, "each looks up one key of a step");
 static_assert(NUM_HEADS % CHUNK == 0 && RECORDS % 16 == 0, "");
 
 #include "attention_shared.cuh"
@@ -111,7 +111,7 @@ __device__ inline Step next_step(Room room, Turn turn)
 {
     wait(room.full(turn.at), turn.parity);
     const int4 words = load_words(room.step(turn.at));
-    const Step step = {words.x, words.z, words.y};
+    const Step step = {words.x, words.y, words.z};
     if (step.gathered()) see_copies();
     return step;
 }
@@ -237,27 +237,27 @@ __device__ inline void consume(storage_t *out, Room room, float scale)
     if (group == 1) pass_units(group);
     for (unsigned round = 0;; round++) {
         wait(room.queries_full(), round & 1);
-        const int4 item = load_words(room.item());  // place, rows, steps, head
-        if (item.y == 0) return;
-        const Rows rows = {row, item.y,
-                           {load_word(room.positions() + 4 * min(row, item.y - 1)),
-                            load_word(room.positions() + 4 * min(row + 8, item.y - 1))}};
+        const int4 piece = load_words(room.piece());  // place, rows, steps, head
+        if (piece.y == 0) return;
+        const Rows rows = {row, piece.y,
+                           {load_word(room.positions() + 4 * min(row, piece.y - 1)),
+                            load_word(room.positions() + 4 * min(row + 8, piece.y - 1))}};
         unsigned q[HEAD_DIM / 16][4];
         load_queries(q, room);
         float o[HEAD_DIM / 2], total[2] = {};
         if (GROUPS == 2) {
-            multiply_in_turns(o, total, q, room, turn, item.z, group, rows, scale);
+            multiply_in_turns(o, total, q, room, turn, piece.z, group, rows, scale);
         } else {
             const Step step = next_step(room, turn);
-            if (item.z == 1 && step.keys <= 64)
+            if (piece.z == 1 && step.keys <= 64)
                 multiply_alone<64>(o, total, q, room, turn, step, 1, rows, scale);
-            else if (item.z == 1 && step.keys <= 96)
+            else if (piece.z == 1 && step.keys <= 96)
                 multiply_alone<96>(o, total, q, room, turn, step, 1, rows, scale);
             else
-                multiply_alone<128>(o, total, q, room, turn, step, item.z, rows, scale);
+                multiply_alone<128>(o, total, q, room, turn, step, piece.z, rows, scale);
         }
-        if (64 * group < item.y)
-            write(out + ((size_t)item.x * NUM_HEADS + item.w) * HEAD_DIM, o, total, rows);
+        if (64 * group < piece.y)
+            write(out + ((size_t)piece.x * NUM_HEADS + piece.w) * HEAD_DIM, o, total, rows);
     }
 }
 
@@ -271,15 +271,14 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 2 / GROUPS) 
     const int *__restrict__ key_index,  // (keys,)
     const int *__restrict__ positions,  // (tokens,)
     int *__restrict__ counter,          // (1,) 0, and 0 again in the end
-    int item_count, int step_count, int key_count,
+    int item_count,
     float scale,                        // log2(e) / sqrt(HEAD_DIM)
     const storage_t *__restrict__ cache)  // (slots, KEY_WIDTH): k, then v; unused if not CACHED
 {
     extern __shared__ __align__(1024) uint4 memory[];
     const Room room = {(unsigned)__cvta_generic_to_shared(memory)};
     if (room.base % 1024) __trap();  // the swizzle counts from multiples of 1024
-    const Lists lists = {items, steps, key_index, positions, item_count, step_count, key_count};
-    if (blockIdx.x == 0) prefetch(lists);
+    const Lists lists = {items, steps, key_index, positions, item_count};
     if (threadIdx.x == 0) {
         for (int i = 0; i < BUFFERS; i++) {
             init_barrier(room.full(i), PRODUCERS + 1);

@@ -300,8 +300,8 @@ def few_rows_sm90_constants(storage: str, rows: int, epilogue: str, wide: bool) 
         "BATCH": 2,
         "BEHIND": 1,
     }
-    least = few_rows_sm90_shared_bytes(constants)
-    return constants | {"STAGES": 227 * 1024 // least}
+    stage = few_rows_sm90_shared_bytes(constants)
+    return constants | {"STAGES": 227 * 1024 // stage}
 
 
 def few_rows_sm90_shared_bytes(constants: Constants) -> int:

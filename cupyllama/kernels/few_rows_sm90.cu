@@ -110,7 +110,7 @@ __device__ inline void load(unsigned (&a)[4], const char *w, int first, int apar
 // Rows of 128 bytes, of which one multiply() takes 32.
 __device__ inline unsigned long long rows_at(unsigned address)
 {
-    return matrix((address & 0x3ffff) / 16 | 1 << 16);
+    return matrix(address / 16 | 1 << 16);
 }
 
 __device__ inline void sync_warpgroup(int warpgroup)
@@ -248,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_rows_sm90(
     const int *__restrict__ positions,    // (m,) with ROPE
     const float *__restrict__ cos,        // (positions, apart) with ROPE
     const float *__restrict__ sin,        // (positions, apart) with ROPE
-    float4 *parts,                        // (blocks, 2, PART): of a first, of a last tile
+    float4 *parts,  // (blocks, 2, PART): of a first, of a last tile; null where none is shared
     int *arrived,                         // (blocks, WARPGROUPS), zero before and after
     int m, int n, int k, int apart, int rotated, int accumulate)  // with ROPE apart divides PAIRS
 {

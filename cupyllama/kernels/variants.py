@@ -50,9 +50,11 @@ def variants(arch: int) -> Iterator[tuple[str, Constants]]:
             for rows in definitions.FEW_ROWS_SM90:
                 few_rows = (storage, rows, "PLAIN", rows == 64)
                 yield "few_rows_sm90.cu", definitions.few_rows_sm90_constants(*few_rows)
-            for epilogue in ("RELU", "SWIGLU", "ROPE"):
-                few_rows = (storage, 128, epilogue, False)
+            for epilogue in ("PLAIN", "RELU", "SWIGLU", "ROPE"):
+                few_rows = (storage, 128, epilogue, epilogue == "PLAIN")
                 yield "few_rows_sm90.cu", definitions.few_rows_sm90_constants(*few_rows)
+            few_rows = (storage, 64, "ROPE", False)
+            yield "few_rows_sm90.cu", definitions.few_rows_sm90_constants(*few_rows)
             for fp8 in (False, True):
                 yield "gemm_sm90.cu", definitions.gemm_sm90_constants(storage, "SWIGLU", fp8)
                 for head_dim in (64, 128):

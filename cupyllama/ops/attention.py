@@ -113,7 +113,7 @@ def attention_sm90(
             qkv,
             tensor_map(keys.data.ptr, len(keys), keys.shape[1] * keys.itemsize, constants["KEYS"]),
             *(batch.items, batch.steps, batch.key_index, batch.positions, batch.counter),
-            *(np.int32(items), np.int32(len(batch.steps)), np.int32(len(batch.key_index))),
+            np.int32(items),
             scale(constants["HEAD_DIM"]),
             cache,
         )

@@ -124,7 +124,7 @@ def _cut(
     Args:
         at_steps: parts end at multiples of `size` in their rows, where that makes no more of them.
             Rows have BOS in common, and the first part of a segment would begin at position 1:
-            each of its parts would take a step for one key.
+            parts would end one key behind a step, and take one more for it.
 
     Returns:
         past: (segments,) keys before a segment's own; and of each part, in packed order, its

@@ -19,8 +19,9 @@ from cupyllama.quantized import Quantized
 
 Array = cupy.ndarray
 
-# Up to so many rows gemv.cu is the fastest.  Beyond, few_rows.cu is for int8, as far as it goes, or
-# few_rows_sm90.cu; elsewhere cuBLASLt is, even after a pass that makes 16 bits of int8.
+# Up to so many rows gemv.cu is the fastest.  Beyond, few_rows_sm90.cu is for int8 on 9.0 and
+# few_rows.cu elsewhere, as far as they go; then cuBLASLt, even after a pass that makes 16 bits of
+# int8.
 GEMV_ROWS = max(definitions.GEMV)
 # From so many rows on everything is as in scoring, which has the best algorithms for that.
 MANY_ROWS = 2048

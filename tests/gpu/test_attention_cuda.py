@@ -178,6 +178,18 @@ def test_attention_of_few_shot_prompts(rng, head_dim, heads, kv_heads):
     check_kernels(rng, qkv, batch, heads, kv_heads)
 
 
+@pytest.mark.parametrize("item_queries", [64, 128])
+def test_many_launches_are_alike(rng, item_queries):
+    """What depends on which warp is late shows in one of many."""
+    batch = upload(prompts(rng, *[(1500, 30, 30, 30, 30)] * 5), item_queries)
+    qkv = cuda.to_device(normal(rng, (len(batch.token_ids), 48 * 128), FP16, 1.5))
+    first = host(cuda.attention(qkv, batch, 32, 8))
+    for _ in range(6):
+        for _ in range(60):
+            out = cuda.attention(qkv, batch, 32, 8)
+        assert_same_bits(out, first)
+
+
 @every_dtype
 @pytest.mark.parametrize("head_dim", [64, 100, 128, 196, 256])
 def test_row_bits_do_not_depend_on_company(rng, dtype, head_dim):

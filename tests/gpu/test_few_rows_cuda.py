@@ -20,10 +20,36 @@ FP16, FP32 = np.dtype(np.float16), np.dtype(np.float32)
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 2e-5}
 
 every_dtype = pytest.mark.parametrize("dtype", [FP16, BF16], ids=lambda dtype: dtype.name)
-every_kind = pytest.mark.parametrize("eight_bit", [False, True], ids=["16 bits", "int8"])
+# int8 by mma: as on other devices than those of 9.0.
+BY_MMA = "by mma"
+every_kind = pytest.mark.parametrize(
+    "eight_bit", [False, True, BY_MMA], ids=["16 bits", "int8", "int8 by mma"]
+)
 every_epilogue = pytest.mark.parametrize(
     "epilogue", ["plain", "residual", "relu", "swiglu", "rope"]
 )
+
+
+@pytest.fixture(autouse=True)
+def kind(request, monkeypatch):
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and callspec.params.get("eight_bit") == BY_MMA:
+        monkeypatch.setattr(few_rows_sm90, "fits", lambda *_: False)
+
+
+@pytest.fixture
+def wgmma(monkeypatch):
+    """Launches of few_rows_sm90.cu, as they come."""
+    if not few_rows_sm90.is_hopper(0):
+        pytest.skip("needs compute capability 9.0")
+    launches, launch = [], few_rows_sm90.launch
+
+    def counted(*args):
+        launches.append(args)
+        return launch(*args)
+
+    monkeypatch.setattr(few_rows_sm90, "launch", counted)
+    return launches
 
 
 class Case:
@@ -118,28 +144,20 @@ def test_against_the_truth(rng, eight_bit, epilogue, m, n, k):
     assert_true(case.run(), case.truth())
 
 
+@pytest.mark.parametrize("eight_bit", [True, BY_MMA])
 @every_epilogue
 @pytest.mark.parametrize("m", [1, 3])
-def test_tiles_of_as_few_rows_as_gemv_takes(rng, monkeypatch, epilogue, m):
+def test_tiles_of_as_few_rows_as_gemv_takes(rng, monkeypatch, epilogue, eight_bit, m):
     monkeypatch.setattr(few_rows, "GEMV_ROWS", 0)
     for n, k in SIZES:
-        case = Case(rng, epilogue, FP16, True, m, n, k)
-        assert_true(case.run(), case.truth())
-
-
-@every_epilogue
-@pytest.mark.parametrize("m", [5, 8, 16, 31, 64, 100])
-def test_tiles_without_wgmma(rng, monkeypatch, epilogue, m):
-    monkeypatch.setattr(few_rows_sm90, "fits", lambda *_: False)
-    for n, k in SIZES:
-        case = Case(rng, epilogue, FP16, True, m, n, k)
+        case = Case(rng, epilogue, FP16, eight_bit, m, n, k)
         assert_true(case.run(), case.truth())
 
 
 @every_dtype
 @every_epilogue
 @pytest.mark.parametrize("m", [5, 16, 17, 32, 33, 128])
-def test_wgmma_against_the_truth(rng, monkeypatch, epilogue, dtype, m):
+def test_wgmma_against_the_truth(rng, monkeypatch, wgmma, epilogue, dtype, m):
     blocks = few_rows_sm90._blocks
     for way in (blocks, lambda places, tiles, stages: min(places, tiles * stages)):
         # as few pieces of tiles as can be, or as many
@@ -147,16 +165,18 @@ def test_wgmma_against_the_truth(rng, monkeypatch, epilogue, dtype, m):
         for n, k in SIZES:
             case = Case(rng, epilogue, dtype, True, m, n, k)
             assert_true(case.run(), case.truth())
+    assert len(wgmma) == 2 * len(SIZES)
 
 
 @every_epilogue
 @pytest.mark.parametrize("m", [32, 120])
-def test_wgmma_by_few_blocks(rng, monkeypatch, epilogue, m):
+def test_wgmma_by_few_blocks(rng, monkeypatch, wgmma, epilogue, m):
     """Each has the end of a tile, several whole ones and the beginning of another."""
     monkeypatch.setattr(few_rows_sm90, "multiprocessors", lambda device: 3)
     for n, k in ((2704, 4096), (1664, 528)):
         case = Case(rng, epilogue, FP16, True, m, n, k)
         assert_true(case.run(), case.truth())
+    assert len(wgmma) == 2
 
 
 @every_kind
@@ -214,7 +234,8 @@ def test_float32_results(rng, dtype, eight_bit, m):
 
 @every_dtype
 @pytest.mark.parametrize("k", [16, 128])
-def test_every_byte_is_itself(dtype, k):
+@pytest.mark.parametrize("eight_bit", [True, BY_MMA])
+def test_every_byte_is_itself(dtype, eight_bit, k):
     """All 256 of them at every place, by products with one."""
     values = (np.arange(256)[:, None] + 37 * np.arange(k)).astype(np.uint8).view(np.int8)
     scale = np.ones(256, np.float32)
@@ -362,6 +383,7 @@ def test_blocks_with_little_shared_memory(rng, monkeypatch):
     for function in (few_rows._tile, few_rows._gemv_constants):
         function.cache_clear()
     monkeypatch.setattr(few_rows, "_shared_bytes", lambda device: 99 * 1024)
+    monkeypatch.setattr(few_rows_sm90, "fits", lambda *_: False)
     for eight_bit in (False, True):
         for m in (1, 3, 8, 12, 30, 60, 100):
             case = Case(rng, "residual", FP16, eight_bit, m, 1040, 4096)
