@@ -85,10 +85,14 @@ def swiglu_constants(storage: str, intermediate: int, quantize: bool = False) ->
 
 
 def _row_threads(storage: str, columns: int) -> int:
-    """A multiple of 32 that wastes few lanes and holds a row in 40 registers a thread."""
+    """A multiple of 32 that wastes few lanes and holds a row in 40 registers a thread.
+
+    Two packs a thread are best up to 1,024 of a row, if none is left over: norms to fp8 of 6,656
+    numbers by 416 threads take 60 us for 8,192 tokens, by 224 66, by 832 90.
+    """
     width = pack_width(columns, ITEMSIZE[storage])
     packs = columns // width
-    slots = min(-(-packs // 256), 40 // width)
+    slots = 2 if 256 < packs <= 1024 else min(-(-packs // 256), 40 // width)
     threads = -(-packs // (32 * slots)) * 32
     assert threads <= 1024, f"a row of {columns} does not fit the registers of a block"
     return threads
