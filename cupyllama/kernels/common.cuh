@@ -75,6 +75,9 @@ __device__ inline float warp_max(float x)
     return x;
 }
 
+// __fdividef is 0 by 2^126 and above, and by infinity if exp(-gate) overflows: as it should be.
+__device__ inline float silu(float gate) { return __fdividef(gate, 1 + __expf(-gate)); }
+
 // The next kernel, where its launch allows it, may start as soon as all blocks of this one have: for
 // kernels that a matrix product follows, since no other is launched so.  Before it has waited, by
 // `griddepcontrol.wait`, a product reads weights alone and writes nothing, so that x, a residual and

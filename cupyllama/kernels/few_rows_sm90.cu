@@ -40,18 +40,6 @@ struct Sizes : Rows {
     int stages;  // of a tile
 };
 
-// The stage of the ring that is next, and the parity of its barriers' current phase.
-struct Place {
-    int stage = 0;
-    unsigned parity = 0;
-
-    __device__ inline void advance()
-    {
-        stage = stage == STAGES - 1 ? 0 : stage + 1;
-        parity ^= stage == 0;
-    }
-};
-
 // A tile's rows of w in two boxes: with SWIGLU gate and up, else what lies together.  Past its end
 // gate runs into up, and all into zeros: rows that nobody stores.
 __device__ inline void fetch_w(
@@ -82,13 +70,13 @@ __device__ inline void produce(
     for (int item = first; item < ahead; item++) fetch_w(shared, w, item, item - first, sizes);
     // All but w may be what a kernel writes that is still at work.
     wait_for_previous();
-    Place place;
-    for (int item = first; item < last; item++, place.advance()) {
+    Ring<STAGES> ring;
+    for (int item = first; item < last; item++, ring.next()) {
         if (item >= ahead) {
-            wait(shared + EMPTY + 8 * place.stage, place.parity ^ 1);
-            fetch_w(shared, w, item, place.stage, sizes);
+            wait(shared + EMPTY + 8 * ring.at, ring.parity ^ 1);
+            fetch_w(shared, w, item, ring.at, sizes);
         }
-        fetch_x(shared, x, item, place.stage, sizes.stages);
+        fetch_x(shared, x, item, ring.at, sizes.stages);
     }
 }
 
@@ -200,12 +188,12 @@ __device__ inline void consume(
     const int first_byte = row * STAGE + (row % 8 << 4) + lane % 4 * 2;
     float sum[SUMS] = {};
     int tile = first / sizes.stages, begun = first;
-    Place place;
+    Ring<STAGES> ring;
     wait_for_previous();
-    for (int item = first; item < last; item++, place.advance()) {
-        const char *w = memory + place.stage * W_BYTES;
-        const auto x = rows_at(shared + STAGES * W_BYTES + place.stage * X_BYTES);
-        wait(shared + FULL + 8 * place.stage, place.parity);
+    for (int item = first; item < last; item++, ring.next()) {
+        const char *w = memory + ring.at * W_BYTES;
+        const auto x = rows_at(shared + STAGES * W_BYTES + ring.at * X_BYTES);
+        wait(shared + FULL + 8 * ring.at, ring.parity);
 #pragma unroll
         for (int batch = 0; batch < STEPS; batch += BATCH) {
             unsigned a[BATCH][4];
@@ -224,7 +212,7 @@ __device__ inline void consume(
             if (batch + BATCH < STEPS) finish<BEHIND>();
         }
         finish<0>();
-        release(shared + EMPTY + 8 * place.stage);
+        release(shared + EMPTY + 8 * ring.at);
         const int next = (tile + 1) * sizes.stages;
         if (item + 1 < min(next, last)) continue;
 

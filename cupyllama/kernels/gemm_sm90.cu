@@ -51,38 +51,24 @@ __device__ inline Tile tile_at(int index, int m, int n, int rank)
     return {((first + inside % rows) * CLUSTER + rank) * TILE_M, column * OUT_N};
 }
 
-// The stage of the ring that is next, and the parity of its barriers' current phase.
-struct Place {
-    int stage = 0;
-    unsigned parity = 0;
-
-    __device__ inline void advance()
-    {
-        stage = stage == STAGES - 1 ? 0 : stage + 1;
-        parity ^= stage == 0;
-    }
-
-    __device__ inline int before() const { return stage ? stage - 1 : STAGES - 1; }
-};
-
 // What one thread of warpgroup 0 does.  Either block awaits a whole stage, whoever fetches it; what
 // the other fetches may come before expect_tx: the phase still lacks the arrival.
 __device__ inline void produce(
     unsigned shared, const TensorMap &x, const TensorMap &w, int m, int n, int blocks, int rank)
 {
     const int tiles = tiles_down(m) * tiles_across(n);
-    Place place;
+    Ring<STAGES> ring;
     for (int i = blockIdx.x / CLUSTER; i < tiles; i += gridDim.x / CLUSTER) {
         const Tile tile = tile_at(i, m, n, rank);
         // With SWIGLU one block fetches gate, the other up.  Past its end gate runs into up, and up
         // into zeros: columns that nobody stores.
         const int w_row = tile.column + rank * (EPILOGUE == SWIGLU ? n : TILE_N / CLUSTER);
-        for (int block = 0; block < blocks; block++, place.advance()) {
-            const unsigned full = shared + FULL + 8 * place.stage;
-            const unsigned x_at = shared + place.stage * X_BYTES;
-            const unsigned w_at = shared + STAGES * X_BYTES + place.stage * W_BYTES;
+        for (int block = 0; block < blocks; block++, ring.next()) {
+            const unsigned full = shared + FULL + 8 * ring.at;
+            const unsigned x_at = shared + ring.at * X_BYTES;
+            const unsigned w_at = shared + STAGES * X_BYTES + ring.at * W_BYTES;
             // Of a fresh barrier the phase before the first counts as complete.
-            wait(shared + EMPTY + 8 * place.stage, place.parity ^ 1);
+            wait(shared + EMPTY + 8 * ring.at, ring.parity ^ 1);
             arrive_expecting(full, X_BYTES + W_BYTES);
             copy_box(x_at, x, tile.row, block * PITCH, full);
             copy_box_to_all(
@@ -106,12 +92,13 @@ __device__ inline void release_stage(unsigned empty, int stage)
 
 // Begin the sums of a tile, for this warpgroup's rows; they are there after drain().
 __device__ inline void multiply_tile(
-    float (&sum)[SUMS], Place &place, unsigned shared, unsigned empty, int consumer, int blocks)
+    float (&sum)[SUMS], Ring<STAGES> &ring, unsigned shared, unsigned empty, int consumer,
+    int blocks)
 {
     for (int block = 0; block < blocks; block++) {
-        const auto x = rows_at(shared + place.stage * X_BYTES + consumer * 64 * PITCH);
-        const auto w = rows_at(shared + STAGES * X_BYTES + place.stage * W_BYTES);
-        wait(shared + FULL + 8 * place.stage, place.parity);
+        const auto x = rows_at(shared + ring.at * X_BYTES + consumer * 64 * PITCH);
+        const auto w = rows_at(shared + STAGES * X_BYTES + ring.at * W_BYTES);
+        wait(shared + FULL + 8 * ring.at, ring.parity);
         begin();
 #pragma unroll
         for (int step = 0; step < STEPS; step++)
@@ -119,15 +106,15 @@ __device__ inline void multiply_tile(
         commit();
         // All but what was just begun: the stage before is free.
         finish<1>();
-        if (block) release_stage(empty, place.before());
-        place.advance();
+        if (block) release_stage(empty, ring.before());
+        ring.next();
     }
 }
 
-__device__ inline void drain(float (&sum)[SUMS], const Place &place, unsigned empty)
+__device__ inline void drain(float (&sum)[SUMS], const Ring<STAGES> &ring, unsigned empty)
 {
     finish<0>();
-    release_stage(empty, place.before());
+    release_stage(empty, ring.before());
     pin(sum);
 }
 
@@ -214,9 +201,6 @@ __device__ inline void rotate(float (&sum)[SUMS], const Turn &turn, int columns)
 }
 #endif
 
-// __fdividef is 0 by 2^126 and above, and by infinity if exp(-gate) overflows: as it should be.
-__device__ inline float silu(float gate) { return __fdividef(gate, 1 + __expf(-gate)); }
-
 // Round and write 64 rows of a tile: a lane has 16 bytes of each 32 columns, once transposed.
 __device__ inline void store_tile(
     storage_t *y, const float (&sum)[SUMS], const Rows &rows, int column, int n)
@@ -281,7 +265,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         const unsigned empty = in_block(threadIdx.x % CLUSTER, shared + EMPTY);
         const int tiles = tiles_down(m) * tiles_across(n), consumer = warpgroup - 1;
         float sum[SUMS] = {};
-        Place place;
+        Ring<STAGES> ring;
         // Consumer 1 stays STAGGER stages behind, so that one multiplies while the other writes.
         if (STAGGER && consumer == 1 && blockIdx.x / CLUSTER < tiles) {
             constexpr int CYCLES = STAGGER * STEPS * TILE_N / 2;
@@ -295,13 +279,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #if EPILOGUE == ROPE
             const int position[2] = {positions[rows.at[0]], positions[rows.at[1]]};
 #endif
-            multiply_tile(sum, place, shared, empty, consumer, blocks);
+            multiply_tile(sum, ring, shared, empty, consumer, blocks);
 #if EPILOGUE == ROPE
             Turn turn;
             // On its way while the last stage is multiplied; the scales need the registers before.
             if (!FP8) load_turn(turn, cos, sin, position);
 #endif
-            drain(sum, place, empty);
+            drain(sum, ring, empty);
             if (FP8) scale(sum, rows, row_scale, column_scale, tile.column, n);
 #if EPILOGUE == ROPE
             if (FP8) load_turn(turn, cos, sin, position);

@@ -82,6 +82,22 @@ __device__ inline void wait(unsigned barrier, unsigned parity)
     } while (!done);
 }
 
+// Where a thread is in a ring of COUNT buffers: the one that is next, and the parity of its barriers'
+// current phase.
+template <int COUNT>
+struct Ring {
+    int at = 0;
+    unsigned parity = 0;
+
+    __device__ inline void next()
+    {
+        at = at == COUNT - 1 ? 0 : at + 1;
+        parity ^= at == 0;
+    }
+
+    __device__ inline int before() const { return at ? at - 1 : COUNT - 1; }
+};
+
 // 16 bytes from global to shared memory, or that many zeros.
 __device__ inline void copy_async(unsigned to, const void *from, bool real)
 {

@@ -65,9 +65,6 @@ __device__ inline void widen(unsigned &first, unsigned &second, unsigned bytes)
 #endif
 }
 
-// __fdividef is 0 by 2^126 and above, and by infinity if exp(-gate) overflows: as it should be.
-__device__ inline float silu(float gate) { return __fdividef(gate, 1 + __expf(-gate)); }
-
 struct After {
     const float *scale;
     const storage_t *bias;
