@@ -189,66 +189,25 @@ __device__ inline unsigned long long matrix(unsigned low)
     "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, " \
     "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// c += a b, or c = a b: 64 x 16 by 16 x 64; in memory a row is a column of b, of b itself where
-// TRANSPOSED is 1.
-template <int TRANSPOSED>
-__device__ inline void multiply(
-    float (&c)[32], const unsigned (&a)[4], unsigned long long b, int accumulate)
-{
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; " WGMMA(64)
-                 "{" OPERANDS_32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;}"
-                 : SIXTEEN(c, 0), SIXTEEN(c, 16)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
-                   "n"(TRANSPOSED));
-}
-
-// The same for 16 columns.
-template <int TRANSPOSED>
-__device__ inline void multiply(
-    float (&c)[8], const unsigned (&a)[4], unsigned long long b, int accumulate)
-{
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0; " WGMMA(16)
-                 "{" OPERANDS_8 "}, {%8, %9, %10, %11}, %12, p, 1, 1, %14;}"
-                 : FOUR(c, 0), FOUR(c, 4)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
-                   "n"(TRANSPOSED));
-}
-
-// The same for 32 columns.
-template <int TRANSPOSED>
-__device__ inline void multiply(
-    float (&c)[16], const unsigned (&a)[4], unsigned long long b, int accumulate)
-{
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0; " WGMMA(32)
-                 "{" OPERANDS_16 "}, {%16, %17, %18, %19}, %20, p, 1, 1, %22;}"
-                 : SIXTEEN(c, 0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
-                   "n"(TRANSPOSED));
-}
-
-// The same for 96 columns.
-template <int TRANSPOSED>
-__device__ inline void multiply(
-    float (&c)[48], const unsigned (&a)[4], unsigned long long b, int accumulate)
-{
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %53, 0; " WGMMA(96)
-                 "{" OPERANDS_48 "}, {%48, %49, %50, %51}, %52, p, 1, 1, %54;}"
-                 : SIXTEEN(c, 0), SIXTEEN(c, 16), SIXTEEN(c, 32)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
-                   "n"(TRANSPOSED));
-}
-
-// The same for 128 columns.
-template <int TRANSPOSED>
-__device__ inline void multiply(
-    float (&c)[64], const unsigned (&a)[4], unsigned long long b, int accumulate)
-{
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; " WGMMA(128)
-                 "{" OPERANDS_64 "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;}"
-                 : SIXTY_FOUR(c, 0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
-                   "n"(TRANSPOSED));
-}
+// c += a b, or c = a b: 64 x 16 by 16 x COLUMNS; in memory a row is a column of b, of b itself where
+// TRANSPOSED is 1.  After REGISTERS stand the numbers of the operands behind those of c and a[0].
+#define MULTIPLY(COLUMNS, REGISTERS, A1, A2, A3, B, ACCUMULATE, HOW, ...)                          \
+    template <int TRANSPOSED>                                                                      \
+    __device__ inline void multiply(                                                               \
+        float (&c)[REGISTERS], const unsigned (&a)[4], unsigned long long b, int accumulate)       \
+    {                                                                                              \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #ACCUMULATE ", 0; " WGMMA(COLUMNS)          \
+                     "{" OPERANDS_##REGISTERS "}, {%" #REGISTERS ", %" #A1 ", %" #A2 ", %" #A3     \
+                     "}, %" #B ", p, 1, 1, %" #HOW ";}"                                            \
+                     : __VA_ARGS__                                                                 \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),        \
+                       "n"(TRANSPOSED));                                                           \
+    }
+MULTIPLY(16, 8, 9, 10, 11, 12, 13, 14, FOUR(c, 0), FOUR(c, 4))
+MULTIPLY(32, 16, 17, 18, 19, 20, 21, 22, SIXTEEN(c, 0))
+MULTIPLY(64, 32, 33, 34, 35, 36, 37, 38, SIXTEEN(c, 0), SIXTEEN(c, 16))
+MULTIPLY(96, 48, 49, 50, 51, 52, 53, 54, SIXTEEN(c, 0), SIXTEEN(c, 16), SIXTEEN(c, 32))
+MULTIPLY(128, 64, 65, 66, 67, 68, 69, 70, SIXTY_FOUR(c, 0))
 
 // c += a b, or c = a b: 64 rows and 256 columns over 32 bytes of each, both in memory: there a row
 // is a row of a, a column of b.
