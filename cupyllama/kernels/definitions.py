@@ -286,9 +286,7 @@ def few_rows_shared_bytes(constants: Constants) -> int:
 def few_rows_sm90_constants(storage: str, rows: int, epilogue: str, wide: bool) -> Constants:
     """Of few_rows_sm90.cu.  Bits depend on how many blocks there are.
 
-    STAGES: what the shared memory of a multiprocessor holds.  BATCH, BEHIND: wgmma that are begun
-    together, and how many batches are left under way while the next is made ready; more of either
-    would not fit the registers beside the sums of 128 rows.
+    STAGES: what the shared memory of a multiprocessor holds.
 
     Args:
         rows: of x.
@@ -300,11 +298,8 @@ def few_rows_sm90_constants(storage: str, rows: int, epilogue: str, wide: bool) 
         "EPILOGUE": epilogue,
         "OUT_T": "float" if wide else "storage_t",
         "TOKENS": next(size for size in FEW_ROWS_SM90 if rows <= size),
-        "STAGES": 1,
-        "BATCH": 2,
-        "BEHIND": 1,
     }
-    stage = few_rows_sm90_shared_bytes(constants)
+    stage = few_rows_sm90_shared_bytes(constants | {"STAGES": 1})
     return constants | {"STAGES": 227 * 1024 // stage}
 
 

@@ -24,6 +24,10 @@ constexpr int ROWS = 64 * WARPGROUPS;
 constexpr int PAIRS = ROWS / 2;
 constexpr int STAGE = 128;         // k of a stage: of w one row of the swizzle, of x two
 constexpr int STEPS = STAGE / 16;  // wgmma that a stage feeds
+// Of these, how many are begun together, and how many such batches are left under way while the next
+// is made ready; more of either would not fit the registers beside the sums of 128 rows.
+constexpr int BATCH = 2;
+constexpr int BEHIND = 1;
 constexpr int W_BYTES = ROWS * STAGE;
 constexpr int X_BYTES = TOKENS * STAGE * 2;
 constexpr int FULL = STAGES * (W_BYTES + X_BYTES);  // where the barriers lie in shared memory
@@ -93,12 +97,6 @@ __device__ inline void load(unsigned (&a)[4], const char *w, int first, int apar
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) asm volatile("" : "+r"(a[i]) :: "memory");
-}
-
-// Rows of 128 bytes, of which one multiply() takes 32.
-__device__ inline unsigned long long rows_at(unsigned address)
-{
-    return matrix(address / 16 | 1 << 16);
 }
 
 __device__ inline void sync_warpgroup(int warpgroup)

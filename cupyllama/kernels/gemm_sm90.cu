@@ -77,11 +77,8 @@ __device__ inline void produce(
     }
 }
 
-// Rows of 128 bytes, of which one multiply() takes 32.
-__device__ inline unsigned long long rows_at(unsigned address)
-{
-    return matrix((address & 0x3ffff) / 16 | 1 << 16);  // above: which block of the cluster
-}
+// An address of this block, without which block of the cluster it is.
+__device__ inline unsigned here(unsigned address) { return address & 0x3ffff; }
 
 // This warp is done with a stage: `empty` are the barriers of the block to which this lane brings
 // the news, for either writes into the stages of both.
@@ -96,8 +93,8 @@ __device__ inline void multiply_tile(
     int blocks)
 {
     for (int block = 0; block < blocks; block++) {
-        const auto x = rows_at(shared + ring.at * X_BYTES + consumer * 64 * PITCH);
-        const auto w = rows_at(shared + STAGES * X_BYTES + ring.at * W_BYTES);
+        const auto x = rows_at(here(shared + ring.at * X_BYTES + consumer * 64 * PITCH));
+        const auto w = rows_at(here(shared + STAGES * X_BYTES + ring.at * W_BYTES));
         wait(shared + FULL + 8 * ring.at, ring.parity);
         begin();
 #pragma unroll

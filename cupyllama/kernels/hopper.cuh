@@ -161,6 +161,12 @@ __device__ inline unsigned long long matrix(unsigned low)
     return (unsigned long long)(1u << 30 | 1024 / 16) << 32 | low;
 }
 
+// The same of rows of 128 bytes, of which one multiply() takes 32.
+__device__ inline unsigned long long rows_at(unsigned address)
+{
+    return matrix(address / 16 | 1 << 16);
+}
+
 #if FP8
 #define WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 "
 #define NOT_TRANSPOSED ""
