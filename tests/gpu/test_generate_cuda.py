@@ -109,5 +109,4 @@ def test_a_sweep(tiny, shape, tmp_path):
         for run in runs:
             if not run["out_of_memory"]:
                 assert run["times_floor"] > 1 and run["peak_memory_bytes"] > 0
-        # Other tests use the GPU and the cores beside it.
-        assert runs[3]["queries_per_second"] > 2 * runs[0]["queries_per_second"]
+        assert runs[3]["queries_per_second"] > 4 * runs[0]["queries_per_second"]
