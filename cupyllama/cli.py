@@ -112,11 +112,7 @@ def cli() -> None:
 @click.option("--output", "--output-path", type=FILE, help="Write the results as JSON.")
 @click.option("--samples", type=FILE, help="Write one JSON line a question.")
 @click.option("--log-samples", is_flag=True, help="The same, beside --output.")
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="Go on with what --samples has from a broken run.",
-)
+@click.option("--resume", is_flag=True, help="Go on with what --samples has from a broken run.")
 @click.option(
     "--compare", type=FILE, help="Say what changed since the run that wrote this --samples file."
 )

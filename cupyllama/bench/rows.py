@@ -87,10 +87,9 @@ def few_shot_rows(
         own: every question has a beginning of its own; else all have the same.
     """
     random = np.random.default_rng(seed)
-    begin = [_BOS, *_tokens(random, shared - 1, vocab_size)]
     rows: list[TokenRow] = []
     for number in range(questions):
-        if own and number:
+        if own or number == 0:
             begin = [_BOS, *_tokens(random, shared - 1, vocab_size)]
         _add_question(rows, begin, [ending] * _ENDINGS, vocab_size, random)
     return _with_starts(rows)
