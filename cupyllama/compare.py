@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cupyllama.errors import DataError
+from cupyllama.files import partial_of
 from cupyllama.tasks.question import Question, shortened
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        journal = path.with_name(f"{path.name}.partial")
+        journal = partial_of(path)
         hint = WANTED
         if isinstance(error, FileNotFoundError) and journal.is_file():
             hint = f"{journal} is of a run that has not ended: finish it with --resume."

@@ -14,14 +14,14 @@ import numpy as np
 
 from cupyllama.errors import OutputError, UsageError
 from cupyllama.evaluate import ChoiceScores
-from cupyllama.files import lock, unwritable
+from cupyllama.files import lock, partial_of, unwritable
 
 
 class Journal:
     """The answers of a run under way."""
 
     def __init__(self, samples: Path):
-        self.path = samples.with_name(f"{samples.name}.partial")
+        self.path = partial_of(samples)
         self._samples = samples
         self._file: Any = None
 

@@ -246,6 +246,19 @@ def test_zeros_at_the_end_are_no_line(written, tmp_path):
     assert len(content.splitlines()) == 4
 
 
+def test_a_link_has_its_files_journal(written, tmp_path):
+    """A run by either name finds the answers of the other's."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "s.jsonl")
+    journal = Journal(tmp_path / "folder" / "link")
+    assert journal.path == (tmp_path / "s.jsonl.partial").resolve()
+    journal.path.write_bytes(written)
+    scores = ChoiceScores.empty(6, 64)
+    assert journal.resume(SETTINGS, scores) == 3
+    journal.remove()
+    assert sorted(os.listdir(tmp_path)) == ["folder"]
+
+
 def test_results_are_files_of_their_own(tmp_path):
     (tmp_path / "link").symlink_to("s.jsonl")
     for output in ("s.jsonl.partial", "link", "../" + tmp_path.name + "/s.jsonl"):
