@@ -245,11 +245,22 @@ def test_items_and_tiles_run_in_sections(rng, queries):
     keys = batch.positions[np.minimum(place + QUERY_TILE, batch.segment_start[tiles[:, 0] + 1]) - 1]
     kinds = ((items[:, 0], items[:, 3], SECTION), (place, keys, TILE_SECTION))
     for places, work, section in kinds:
-        assert len(places) > 2 * section
-        begins = range(0, len(places) - section + 1, section)  # the last takes what is left over
-        for begin, end in zip(begins, [*begins[1:], len(places)], strict=True):
+        last = (len(places) // section - 1) * section  # with what is left over
+        assert last > section
+        assert work[last:].max() <= work[:last].min()
+        for begin in range(0, last, section):
+            end = begin + section
             assert (np.diff(work[begin:end]) <= 0).all()
-            assert (places[begin:end] < places[end:].min(initial=1 << 30)).all()
+            assert (places[begin:end] < places[end:last].min(initial=1 << 30)).all()
+        assert (np.diff(work[last:]) <= 0).all()
+
+
+@SIZES
+def test_fewer_items_than_a_section_run_longest_first(queries):
+    batch = one_batch(5 * STEP_KEYS, 10, 10)
+    items, _ = attention_items(batch, queries)
+    assert 1 < len(items) < SECTION
+    assert (np.diff(items[:, 3]) <= 0).all()
 
 
 @pytest.mark.parametrize("rows, longest, tokens", FORESTS)

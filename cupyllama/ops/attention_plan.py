@@ -183,7 +183,11 @@ def _join(
 def _longest_first(work: np.ndarray, section: int) -> np.ndarray:
     """An order: section after section, within one those with most work first.
 
-    What is left over is part of the last section, which so has short ones for the end.
+    Those with least work of all come last, a section of them and what is left over: with these the
+    multiprocessors end at about the same time.
     """
-    number = np.arange(len(work)) // section
-    return np.lexsort((-work, np.minimum(number, max(len(work) // section - 1, 0))))
+    least = section + len(work) % section
+    by_work = np.lexsort((-work,))
+    many, few = np.sort(by_work[:-least]), by_work[-least:]
+    many = many[np.lexsort((-work[many], np.arange(len(many)) // section))]
+    return np.concatenate([many, few])
