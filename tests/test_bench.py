@@ -380,6 +380,32 @@ def test_products_are_checked(on_the_host):
         gemm.check_rows("gemm", y * np.float16(1.01), *eight_bit)
 
 
+def test_chosen_algorithms_are_recorded(monkeypatch):
+    """One for each product, whatever the numbers of rows that it is asked for."""
+    cublaslt = pytest.importorskip("cupyllama.ops.cublaslt")
+
+    class Plan:
+        def __init__(self, product, device):
+            if product.m != product.chosen_for:
+                cublaslt.plan(product._replace(m=product.chosen_for), device)
+
+        def configuration(self):
+            return {"id": 66, "split_k": 1}
+
+    monkeypatch.setattr(cublaslt, "Plan", Plan)
+    monkeypatch.setattr(cublaslt, "_chosen", [])
+    cublaslt.plan.cache_clear()
+    product = cublaslt.Product(128, 64, 32, "float16", "float32")
+    few = product._replace(m=16, n=48, chosen_for=16)
+    for asked in (product, product._replace(m=384), few):
+        cublaslt.plan(asked, 0)
+    cublaslt.plan.cache_clear()
+    found = cublaslt.algorithms()
+    assert [(one["m"], one["n"], one["k"]) for one in found] == [(8192, 64, 32), (16, 48, 32)]
+    assert all((one["id"], one["split_k"]) == (66, 1) for one in found)
+    assert json.loads(json.dumps(found)) == found
+
+
 def test_the_breakdown_tells_operations_apart(on_the_host, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(score, "mark", lambda: next(ticks))

@@ -135,6 +135,8 @@ def measure_gemm(
         DeviceError: the device cannot compute in `dtype`.
         CupyllamaError: a product is wrong.
     """
+    from cupyllama.ops.cublaslt import algorithms
+
     if dtype != FP8:
         choose_dtype(dtype, dtype, device)
     elif device.compute_capability < FP8_ARCH:
@@ -157,7 +159,7 @@ def measure_gemm(
                     }
                 )
                 del arrays
-    return result("gemm", device, dtype=dtype, runs=runs)
+    return result("gemm", device, dtype=dtype, runs=runs, algorithms=algorithms())
 
 
 def time_ways(name: str, arrays: tuple, run: dict[str, Way], repeats: int) -> dict[str, float]:

@@ -57,6 +57,8 @@ def measure_score(
         DeviceError: the weights or a micro-batch do not fit.
         CupyllamaError: a result is no number.
     """
+    from cupyllama.ops.cublaslt import algorithms
+
     config = model_config(shape)
     storage = storage_dtype(choose_dtype(dtype, dtype, device))
     _check_memory(device, shape, config, storage, min(sizes), quantize)
@@ -72,6 +74,7 @@ def measure_score(
         questions=len(rows.choice_start) - 1,
         data="generated" if data is None else data.name,
         runs=[_run(stage, rows, size, repeats, products) for size in sizes],
+        algorithms=algorithms(),
     )
 
 

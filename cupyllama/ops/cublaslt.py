@@ -9,7 +9,7 @@ asks for an algorithm for fewer rows may they be, with parts that are added in o
 import ctypes
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cupy
 
@@ -252,10 +252,21 @@ def alignment(addresses: int) -> int:
     return min(256, (addresses & -addresses) or 256)
 
 
+_chosen: list[tuple[Product, Plan]] = []
+
+
 @cache
 def plan(product: Product, device: int) -> Plan:
     """The plan of a product: the same one, and so the same bits, in every process."""
-    return Plan(product, device)
+    made = Plan(product, device)
+    if product.m == product.chosen_for:
+        _chosen.append((product, made))
+    return made
+
+
+def algorithms() -> list[dict[str, Any]]:
+    """The products for which this process has chosen an algorithm, and which: for the record."""
+    return [{**product._asdict(), **made.configuration()} for product, made in _chosen]
 
 
 @cache

@@ -94,6 +94,8 @@ def test_gemm(tmp_path, dtype, shape):
     assert [run["product"] for run in found["runs"][::2]] == PRODUCTS[shape]
     for run in found["runs"]:
         assert set(run["seconds"]) == ({"gemm"} if dtype == "fp8" else {"gemm", "gemmEx"})
+        sizes = {(one["n"], one["k"]) for one in found["algorithms"]}
+        assert (run["n"], run["k"]) in sizes
         assert all(1e-7 < seconds < 1e-2 for seconds in run["seconds"].values()), run
 
 

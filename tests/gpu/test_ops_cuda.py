@@ -223,6 +223,14 @@ def test_usual_products_have_their_epilogue(operands, result):
             assert cublaslt.supports(product, cupy.cuda.get_device_id()), product
 
 
+def test_the_algorithm_of_a_product_is_known(rng):
+    x, weight = normal(rng, (37, 344), np.float16), normal(rng, (136, 344), np.float16)
+    gemm.gemm(cuda.empty((37, 136), np.float16), cuda.to_device(x), cuda.to_device(weight))
+    found = [one for one in cublaslt.algorithms() if (one["n"], one["k"]) == (136, 344)]
+    assert {one["m"] for one in found} == {cublaslt.NOMINAL_M}
+    assert all(one["split_k"] <= 1 for one in found) and any(one["id"] for one in found)
+
+
 @every_dtype
 def test_nan_goes_through_relu(rng, dtype):
     """A number that is none is seen in the score, and not taken for 0."""
