@@ -17,6 +17,7 @@ import click
 import cupy
 import numpy as np
 from cupy.cuda import nccl
+from one_line import one_line
 
 from cupyllama.parallel.cuda_channels import NCCLInbox, NCCLOutbox
 from cupyllama.parallel.devices import choose_device
@@ -31,10 +32,12 @@ _WARM = 3
 @click.option("--hidden-size", default=6656)
 @click.option("--repeats", default=20)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
+@one_line()
 def main(tokens, hidden_size, repeats, json_path):
     """Messages from rank 0 to rank 1, each way in turn."""
     world = open_world()
-    device = choose_device("cuda", world.local_rank, world.local_size)[0]
+    with world.together():
+        device = choose_device("cuda", world.local_rank, world.local_size)[0]
     places = world.allgather(device.place)
     if len(set(places)) != 2:
         raise click.UsageError("start two ranks, each with a GPU of its own: mpirun -n 2")

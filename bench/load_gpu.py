@@ -30,6 +30,7 @@ import cupy
 import cupyx
 import numpy as np
 from cupy.cuda import runtime
+from one_line import one_line
 
 from cupyllama.bench.shapes import SHAPES, model_config
 from cupyllama.checkpoint.eight_bit import quantize_rows
@@ -218,6 +219,7 @@ def verify(weights: StageWeights, checkpoint: SafetensorsCheckpoint, config: Mod
 @click.option("--buffers", default=[BUFFERS], multiple=True, help="Of every thread.")
 @click.option("--repeats", default=2)
 @click.option("--json", "out", type=click.Path(path_type=Path))
+@one_line()
 def main(
     folder,
     shape,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+from one_line import one_line
 
 from cupyllama.bench.shapes import SHAPES, model_config, random_stage
 from cupyllama.checkpoint.stages import split_layers
@@ -48,6 +49,7 @@ from cupyllama.trace import busy_seconds
 @click.option("--micro-batch-tokens", default=DEFAULT_TOKENS)
 @click.option("--repeats", default=2)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
+@one_line()
 def main(
     shape,
     data,
@@ -63,7 +65,8 @@ def main(
 ):
     """Time evaluations, all ranks together."""
     world, config = open_world(), model_config(shape)
-    device = choose_device("cuda", world.local_rank, world.local_size)[0]
+    with world.together():
+        device = choose_device("cuda", world.local_rank, world.local_size)[0]
     check_tensor_parallel(config, tensor_parallel)
     grid = pipeline.make_grid(world, replicas, tensor_parallel)
     own = part_of(config, grid.tensor_share)

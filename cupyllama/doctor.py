@@ -10,7 +10,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from cupyllama.parallel.devices import INSTALL_CUDA, choose_device
+from cupyllama.parallel.devices import (
+    INSTALL_CUDA,
+    SET_CACHE_DIR,
+    choose_device,
+    first_line,
+    is_of_cache,
+)
 
 _MPI_VERSION = "from mpi4py import MPI; print(MPI.Get_library_version().split(',')[0])"
 
@@ -53,8 +59,9 @@ def _part(name: str, look: Callable[[], str], remedy: str) -> Finding:
     try:
         return Finding(name, look())
     except Exception as error:  # each library has its own way of not being there
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        return Finding(name, f"not usable: {reason}", remedy)
+        if is_of_cache(error):
+            remedy = f"CuPy keeps its kernels there: {SET_CACHE_DIR}."
+        return Finding(name, f"not usable: {first_line(error)}", remedy)
 
 
 def _driver() -> Finding:

@@ -1,6 +1,7 @@
 """Checkpoints: only what a stage needs is read, and what is wrong with a file is said."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -139,6 +140,23 @@ def test_corrupt_headers_are_named(tmp_path):
     path.write_bytes(whole)
     with pytest.raises(ModelError, match="truncated or corrupt"):
         load(tmp_path)
+
+
+def test_weights_that_may_not_be_read(tmp_path, monkeypatch):
+    (write_tiny_model("gqa", tmp_path) / "model.safetensors").chmod(0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # which another user finds, whatever is above it
+    root = os.geteuid() == 0
+    if root:  # who may read everything
+        os.seteuid(65534)
+    try:
+        with pytest.raises(ModelError) as error:
+            SafetensorsCheckpoint(Path())
+    finally:
+        if root:
+            os.seteuid(0)
+    assert str(error.value) == "model.safetensors: Permission denied"
+    assert error.value.hint == "May this user read the file?"
 
 
 def test_a_missing_shard_and_a_lying_index_are_named(tmp_path):

@@ -46,15 +46,17 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         ModelError: the file cannot be read, or is not what it should be.
     """
     try:
-        with safetensors.safe_open(path, framework="np"):
-            pass  # opening checks the header against the file's size, and each range in it
+        # safe_open calls a file missing that may not be read: `open` comes first.
         with open(path, "rb") as file:
+            with safetensors.safe_open(path, framework="np"):
+                pass  # opening checks the header against the file's size, and each range in it
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except safetensors.SafetensorError as error:
         raise ModelError(f"{path}: truncated or corrupt: {error}", INCOMPLETE) from error
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror or error}") from error
+        hint = "May this user read the file?"
+        raise ModelError(f"{path}: {error.strerror or error}", hint) from error
     metadata = header.pop("__metadata__", None) or {}
     tensors = {}
     for name, entry in header.items():

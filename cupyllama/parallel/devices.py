@@ -10,6 +10,7 @@ import numpy as np
 from cupyllama.errors import DeviceError
 
 INSTALL_CUDA = "Install CuPy for your driver: pip install 'cupyllama[cuda13]' (or [cuda12])."
+SET_CACHE_DIR = "set CUPY_CACHE_DIR to a directory that can be written"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def why_no_cuda(local_rank: int = 0, local_size: int = 1) -> str:
         import cupy
     except ImportError:
         return "CuPy is not installed"
+    except OSError as error:  # it makes its cache, by default in the home directory
+        return _with_remedy(error)
     try:
         gpus = cupy.cuda.runtime.getDeviceCount()
         if gpus == 0:
@@ -80,8 +83,23 @@ def why_no_cuda(local_rank: int = 0, local_size: int = 1) -> str:
         cupy.cuda.Device(gpu_of_rank(local_rank, local_size, gpus)).use()
         cuda.check_libraries()
     except Exception as error:  # a missing driver or library: CUDARuntimeError, ImportError, …
-        return str(error).strip().split("\n")[0] or type(error).__name__
+        return _with_remedy(error)
     return ""
+
+
+def first_line(error: Exception) -> str:
+    """What a library says, without its explanations."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def is_of_cache(error: Exception) -> bool:
+    """Whether CuPy's cache cannot be used; a library that cannot be loaded has no errno."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def _with_remedy(error: Exception) -> str:
+    said = first_line(error)
+    return f"CuPy's cache: {said}: {SET_CACHE_DIR}" if is_of_cache(error) else said
 
 
 def _cpu() -> Device:
