@@ -1,5 +1,6 @@
 """The command line: options in, one call, the result out."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -153,16 +154,12 @@ def score(
         model = demo_directory()
         options["data"] = options["data"] or model / "questions.jsonl"
         options["task"] = options["task"] or "demo"
-    if output is not None and output.is_dir():
+    if output is not None and os.path.isdir(output):
         output = output / "results.json"
     if log_samples and samples is None:
         if output is None or is_special(output):
             raise click.UsageError("--log-samples writes beside --output FILE; give that too.")
         samples = output.with_name(f"{output.stem}_samples.jsonl")
-    if output is not None and options["compare"] == output:
-        raise click.UsageError("--output and --compare are the same file.")
-    if samples is not None and options["compare"] == samples:
-        raise click.UsageError("--samples and --compare are the same file.")
     if options["resume"] and (samples is None or is_special(samples)):
         raise click.UsageError("--resume goes on with --samples FILE; give that too.")
     run(

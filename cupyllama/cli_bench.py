@@ -5,18 +5,17 @@ from typing import Any
 
 import click
 
-from cupyllama.cli_options import CountsType, KindsType
+from cupyllama.cli_options import FILE, CountsType, KindsType, RateType
 from cupyllama.printing import print_now
 
-_FILE = click.Path(path_type=Path)
 _TOKENS = click.IntRange(min=1)
 _REPEATS = click.IntRange(min=1)
 
-_data = click.option("--data", type=_FILE, help="Questions.  [default: generated token rows]")
+_data = click.option("--data", type=FILE, help="Questions.  [default: generated token rows]")
 _tokenizer = click.option(
-    "--tokenizer", type=_FILE, help="For --data: tokenizer.model, tokenizer.json or vocab.json."
+    "--tokenizer", type=FILE, help="For --data: tokenizer.model, tokenizer.json or vocab.json."
 )
-_json = click.option("--json", "output", type=_FILE, help="Write what was measured as JSON.")
+_json = click.option("--json", "output", type=FILE, help="Write what was measured as JSON.")
 _dtype = click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
@@ -38,7 +37,7 @@ def _shape(several: bool, *default: str) -> Any:
 
 
 def _plot(what: str) -> Any:
-    return click.option("--plot", type=_FILE, help=f"Draw {what}: .png, .svg, .pdf.")
+    return click.option("--plot", type=FILE, help=f"Draw {what}: .png, .svg, .pdf.")
 
 
 @click.group()
@@ -79,7 +78,7 @@ def bench_kernels(
     \b
       cupyllama bench kernels --shape llama-30b --json kernels.json --plot roofline.png
     """
-    device = _ready(shapes, output, plot)
+    device = _ready(shapes, output, plot, data=data, tokenizer=tokenizer)
     from cupyllama.bench.kernels import kernels_table, measure_kernels
     from cupyllama.bench.measure import enough_memory
 
@@ -166,7 +165,7 @@ def bench_score(
       cupyllama bench score --shape llama-30b --quantize fp8
       cupyllama bench score --data hellaswag_val.jsonl --tokenizer tokenizer.model
     """
-    device = _ready((shape,), output, plot)
+    device = _ready((shape,), output, plot, data=data, tokenizer=tokenizer)
     from cupyllama.bench.measure import enough_memory
     from cupyllama.bench.score import measure_score, score_table
 
@@ -259,9 +258,9 @@ def bench_generate(
 
 
 @bench.command("load")
-@click.option("--model", type=_FILE, help="Checkpoint directory.  [default: one is written]")
+@click.option("--model", type=FILE, help="Checkpoint directory.  [default: one is written]")
 @_shape(False, "llama-7b")
-@click.option("--folder", type=_FILE, help="Where it is written.  [default: the system's own]")
+@click.option("--folder", type=FILE, help="Where it is written.  [default: the system's own]")
 @_dtype
 @click.option("--repeats", type=_REPEATS, default=3, show_default=True)
 @_json
@@ -289,10 +288,14 @@ def bench_load(
 
 
 @bench.command("pipeline")
-@click.argument("results", type=_FILE)
+@click.argument("results", type=FILE)
 @click.option("--ranks-per-host", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--link-gbs", type=float, help="GB/s between ranks of a host.  [default: measured]")
-@click.option("--network-gbs", type=float, default=25.0, show_default=True, help="Between hosts.")
+@click.option(
+    "--link-gbs", type=RateType(), help="GB/s between ranks of a host.  [default: measured]"
+)
+@click.option(
+    "--network-gbs", type=RateType(), default=25.0, show_default=True, help="Between hosts."
+)
 def bench_pipeline(
     results: Path, ranks_per_host: int, link_gbs: float | None, network_gbs: float
 ) -> None:
@@ -315,22 +318,28 @@ def bench_pipeline(
         )
 
 
-def _ready(shapes: tuple[str, ...], output: Path | None, plot: Path | None = None) -> Any:
+def _ready(
+    shapes: tuple[str, ...], output: Path | None, plot: Path | None = None, **read: Path | None
+) -> Any:
     """The GPU of a process that is alone, after `_check_ends`."""
     from cupyllama.bench.measure import one_gpu
 
-    _check_ends(shapes, output, plot)
+    _check_ends(shapes, output, plot, **read)
     return one_gpu()
 
 
-def _check_ends(shapes: tuple[str, ...], output: Path | None, plot: Path | None) -> None:
-    """A look at all that could end the run when it is over."""
+def _check_ends(
+    shapes: tuple[str, ...], output: Path | None, plot: Path | None, **read: Path | None
+) -> None:
+    """A look at all that could end the run when it is over; `read`: files by option."""
     from cupyllama.bench.plot import check_plot
     from cupyllama.bench.shapes import model_config
-    from cupyllama.files import check_writable
+    from cupyllama.files import check_apart, check_writable
 
     for shape in shapes:
         model_config(shape)
+    files = {f"--{option}": path for option, path in read.items()}
+    check_apart(files, {"--json": output, "--plot": plot})
     if plot is not None:
         check_plot(plot)
     for path in (output, plot):

@@ -6,6 +6,15 @@ from typing import Any
 import click
 
 
+class FileType(click.Path):
+    """A path; none that is empty, as of a shell's variable that is not set."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class TokensType(click.ParamType):
     """A positive number of tokens, or auto."""
 
@@ -32,6 +41,21 @@ class LimitType(click.ParamType):
         if not 0 < limit < float("inf") or (limit >= 1 and limit != int(limit)):
             self.fail(f"{value} is neither a number of questions nor a fraction", param, ctx)
         return limit
+
+
+class RateType(click.ParamType):
+    """A finite number above 0."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            rate = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not 0 < rate < float("inf"):
+            self.fail(f"{value} is not a finite number above 0", param, ctx)
+        return rate
 
 
 class CountsType(click.ParamType):
@@ -64,7 +88,7 @@ class KindsType(click.ParamType):
         return found
 
 
-FILE = click.Path(path_type=Path)
+FILE = FileType(path_type=Path)
 PATTERN = "Metaseq's 'DIR/reshard-model_part-*.pt'"
 
 

@@ -34,7 +34,7 @@ def check_writable(path: Path) -> None:
         OutputError: the directory is missing or refuses a new file, or `path` is one; or the disk
             has no room for a single byte.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OutputError(f"{path}: is a directory", "Give the name of a file.")
     try:
         number = _descriptor(path)
@@ -52,6 +52,27 @@ def check_writable(path: Path) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def check_apart(read: dict[str, Path | None], written: dict[str, Path | None]) -> None:
+    """Find out before the run that a result would replace another, or what the run reads.
+
+    Args:
+        read, written: files by option; None: not given.
+
+    Raises:
+        UsageError: one that is written is there twice, links followed.
+    """
+    options = {os.path.realpath(path): option for option, path in read.items() if path}
+    for option, path in written.items():
+        if path is None or is_special(path):
+            continue
+        other = options.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise UsageError(
+                f"{option} and {other} are the same file: {path}",
+                "Give each result a file of its own.",
+            )
 
 
 def lock(descriptor: int, path: Path) -> None:
@@ -118,7 +139,7 @@ def _open(path: Path) -> Any:
 
 def partial_of(path: Path) -> Path:
     """FILE.partial of a result that is under way: beside what a link points to."""
-    target = _target(path)
+    target = Path(os.path.realpath(path))
     return target.with_name(f"{target.name}.partial")
 
 
@@ -132,7 +153,7 @@ def is_special(path: Path) -> bool:
         return True
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
+    except OSError:  # not there, or nobody may look
         return False
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
@@ -152,7 +173,10 @@ def _descriptor(path: Path) -> int | None:
 
 
 def _target(path: Path) -> Path:
-    return Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path))
+    if os.path.islink(target):  # links that lead in a circle
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return target
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:

@@ -24,7 +24,7 @@ from cupyllama.generation.session import Session, SessionOptions, open_session
 from cupyllama.generation.settings import SamplingSettings
 from cupyllama.generation.text import check_stop_texts
 from cupyllama.parallel.world import launched
-from cupyllama.printing import print_now
+from cupyllama.printing import note, print_now
 
 # What the cache of a conversation has room for, at least, if the model sees as much: a model may
 # see 131,072 tokens, of which a person's line has few.
@@ -333,6 +333,6 @@ class Run:
     def say_error(self, error: CupyllamaError) -> None:
         """As an error that ends a command, but it does not."""
         if self.prints:
-            print(f"cupyllama: {error}", file=sys.stderr)
+            note(f"cupyllama: {error}")
             if error.hint:
-                print(f"  {error.hint}", file=sys.stderr)
+                note(f"  {error.hint}")

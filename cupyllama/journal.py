@@ -31,7 +31,7 @@ class Journal:
         Raises:
             UsageError: it has. Whether with the same model, data and settings, nothing tells.
         """
-        if not self.path.exists() and self._samples.exists():
+        if not os.path.exists(self.path) and os.path.exists(self._samples):
             raise UsageError(
                 f"{self._samples}: is finished, there is nothing to resume",
                 "Leave --resume out to score everything again.",
@@ -44,7 +44,7 @@ class Journal:
             UsageError: it has answers that would be lost, or is no journal, or another process is
                 writing it.
         """
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             return
         self._open("r+b")
         lines, _ = self._read()
@@ -106,7 +106,7 @@ class Journal:
 
     def settings(self) -> dict[str, Any] | None:
         """The first line, or None where there is nothing to resume."""
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             return None
         lines, _ = self._read()
         return lines[0] if lines else None

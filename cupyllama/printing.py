@@ -1,4 +1,4 @@
-"""Results on stdout: there at once, or an error that says why not."""
+"""Results on stdout: there at once, or an error that says why not; and notes on stderr."""
 
 import os
 import sys
@@ -31,6 +31,16 @@ def print_now(text: str) -> None:
         raise OutputError(
             f"stdout: cannot be written: {error.strerror}", "Is there space left on the disk?"
         ) from error
+
+
+def note(text: str) -> None:
+    """A line to stderr; where that cannot be written it is lost, for no result depends on it."""
+    if sys.stderr is None:
+        return
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _forget(sys.stderr)
 
 
 def _forget(stream: TextIO) -> None:

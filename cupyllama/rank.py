@@ -1,6 +1,5 @@
 """What one rank of a run has before it computes: a part of the model, a device, and a load."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from cupyllama.errors import DataError
 from cupyllama.parallel.devices import choose_device, choose_dtype
 from cupyllama.parallel.pipeline import make_grid
 from cupyllama.parallel.world import World
+from cupyllama.printing import note
 from cupyllama.tensor_parallel import check_tensor_parallel, part_of
 
 
@@ -33,7 +33,7 @@ class Rank:
     def say(self, text: str) -> None:
         """One line on stderr, from rank 0 alone."""
         if self.is_printer:
-            print(text, file=sys.stderr)
+            note(text)
 
     def choose_part(self, replicas: int = 1) -> None:
         """Which layers it has, and what of them; touches no device."""

@@ -1,6 +1,5 @@
 """`cupyllama score`: read, tokenise, pack, load, evaluate, report."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from cupyllama.compare import OtherRun, check_questions, compare, read_samples
-from cupyllama.errors import DeviceError, NotFiniteError, OutputError, UsageError
+from cupyllama.errors import DeviceError, NotFiniteError, OutputError
 from cupyllama.evaluate import ChoiceScores, evaluate, first_broken, plan
 from cupyllama.families import config_fields, family_of
-from cupyllama.files import check_writable, is_special, write_json, write_json_lines
+from cupyllama.files import check_apart, check_writable, is_special, write_json, write_json_lines
 from cupyllama.journal import Journal
 from cupyllama.parallel import pipeline
 from cupyllama.parallel.devices import storage_dtype
 from cupyllama.parallel.world import World, open_world
 from cupyllama.plan import describe_plan
-from cupyllama.printing import print_now
+from cupyllama.printing import note, print_now
 from cupyllama.progress import ProgressBar
 from cupyllama.provenance import digests, versions
 from cupyllama.questions import read_questions
@@ -83,6 +82,10 @@ def score(options: ScoreOptions) -> Report | None:
             with world.alone():
                 run.connect()
                 report = run.evaluate()
+    except KeyboardInterrupt:
+        if run.journal is not None and run.journal.path.exists():
+            note(f"{run.journal.path} has the answers so far: --resume goes on from there")
+        raise
     finally:
         run.close()
     world.close()
@@ -119,13 +122,12 @@ class Run(Rank):
             self.journal = Journal(options.samples)
             if options.resume:
                 self.journal.check_unfinished()
-        places: dict[str, Path] = {}
-        for path in [*outputs, *([self.journal.path] if self.journal is not None else [])]:
-            if not is_special(path) and places.setdefault(os.path.realpath(path), path) is not path:
-                raise UsageError(
-                    f"{places[os.path.realpath(path)]} and {path} are the same file",
-                    "Give each result a file of its own.",
-                )
+        read = {"--data": options.data, "--tokenizer": options.tokenizer}
+        written = {"--output": options.output, "--samples": options.samples}
+        written |= {"--trace": options.trace}
+        if self.journal is not None:
+            written["the answers of --samples so far"] = self.journal.path
+        check_apart(read | {"--compare": options.compare}, written)
         for path in outputs:
             check_writable(path)
         if self.journal is not None:

@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -629,11 +631,44 @@ def test_no_gpu(without_gpu, command):
     assert len(result.stderr.strip().splitlines()) == 2  # and the hint
 
 
+@pytest.mark.parametrize("script", ["pipeline_gpu", "link_gpu", "load_gpu"])
+def test_no_gpu_for_a_script(script):
+    pytest.importorskip("cupy")
+    path = Path(__file__).parents[1] / "bench" / f"{script}.py"
+    given = ["--data", "none", "--tokenizer", "none"] if script == "pipeline_gpu" else []
+    command = [sys.executable, "-W", "ignore", str(path), *given]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (answer.returncode, answer.stdout) == (5, "")
+    assert answer.stderr.startswith("Error: no usable GPU: ")
+    assert answer.stderr.endswith("`cupyllama doctor` says what is missing.\n")
+    assert answer.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--link-gbs", "--network-gbs"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "fast"])
+def test_rates_that_no_link_has(option, value):
+    result = CliRunner().invoke(cli, ["bench", "pipeline", "r.json", option, value])
+    assert result.exit_code == 2 and f"Invalid value for '{option}'" in result.stderr
+
+
 @pytest.mark.parametrize("command", ["kernels", "gemm", "score", "load"])
 def test_unknown_shapes(command):
     result = CliRunner().invoke(cli, ["bench", command, "--shape", "llama-8b"])
     assert result.exit_code == 2 and "'llama-8b' is not known" in result.stderr
     assert "llama-65b" in result.stderr and "opt-66b" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["kernels", "score"])
+def test_what_a_bench_reads_is_not_written_over(command, tmp_path):
+    data = tmp_path / "q.jsonl"
+    data.write_text("{}")
+    for written in ("--json", "--plot"):
+        given = ["--data", data, "--tokenizer", tmp_path, written, data]
+        result = CliRunner().invoke(cli, ["bench", command, *map(str, given)])
+        assert result.exit_code == 2
+        assert f"{written} and --data are the same file: {data}" in result.stderr
+    assert data.read_text() == "{}"
 
 
 def test_several_ranks_are_refused(monkeypatch):

@@ -1,5 +1,6 @@
 """The command line as a user meets it: results, files, exit codes, one-line errors."""
 
+import importlib.util
 import json
 import math
 import os
@@ -124,17 +125,74 @@ def test_conventions_and_bos(folder):
     assert json.loads((folder / "r.json").read_text())["config"]["bos"] is False
 
 
+def test_what_a_run_reads_is_not_written_over(folder):
+    """By whatever name it is given: the questions, the tokenizer, the samples of another run."""
+    samples = folder / "s.jsonl"
+    assert score(folder, "--samples", samples).exit_code == 0
+    (folder / "link").symlink_to("s.jsonl")
+    (folder / "questions").symlink_to("q.jsonl")
+    tokenizer = folder / "model" / "tokenizer.model"
+    before = {path: path.read_bytes() for path in (samples, folder / "q.jsonl", tokenizer)}
+    for read, path, name in (
+        ("--data", folder / "q.jsonl", folder / "work" / ".." / "q.jsonl"),
+        ("--data", folder / "q.jsonl", folder / "questions"),
+        ("--tokenizer", tokenizer, tokenizer),
+        ("--compare", samples, samples),
+        ("--compare", samples, folder / "link"),
+    ):
+        for written in ("--output", "--samples", "--trace"):
+            result = score(folder, read, path, written, name)
+            fails(result, 2, f"{written} and {read} are the same file: {name}")
+    assert {path: path.read_bytes() for path in before} == before
+    results = ["--output", folder / "r", "--trace", folder / "r"]
+    fails(score(folder, *results), 2, "--trace and --output are the same file")
+
+
+def test_results_that_nobody_may_look_for(folder):
+    """Below a file, under names too long, and behind links that lead in a circle."""
+    (folder / "a").symlink_to("b")
+    (folder / "b").symlink_to("a")
+    places = {
+        "q.jsonl/r": "Not a directory",
+        "a": "Too many levels of symbolic links",
+        "x" * 300: "File name too long",
+        "x" * 250: "File name too long",  # with what FILE.partial adds
+    }
+    for name, reason in places.items():
+        for written in ("--output", "--samples", "--trace"):
+            result = score(folder, written, folder / name)
+            fails(result, 1, f"{folder / name}: cannot be written: {reason}")
+    fails(score(folder, "--samples", folder / "q.jsonl" / "s", "--resume"), 1, "Not a directory")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["score", "generate"])
+def test_notes_that_nobody_can_read_end_nothing(folder, command):
+    """Of a run whose stderr is on a full disk the results are there."""
+    output = folder / "out"
+    given = {
+        "score": ["--data", folder / "q.jsonl", "--output", output],
+        "generate": ["--prompt", "She pours", "--max-new-tokens", "2", "--output", output],
+    }
+    line = [*(sys.executable, "-m", "cupyllama", command), "--model", folder / "model"]
+    line += given[command]
+    # Buffered, so that there is something left to write when Python ends.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            list(map(str, line)), stdout=subprocess.PIPE, stderr=full, env=buffered
+        )
+    assert found.returncode == 0 and output.exists()
+
+
 def test_usage(folder):
     run = CliRunner().invoke
     assert run(cli, ["score"]).exit_code == 2
     assert run(cli, ["score", "--demo", "--model", "x"]).exit_code == 2
     assert score(folder, "--log-samples").exit_code == 2
-    same = ["--output", folder / "r.json", "--compare", folder / "r.json"]
-    assert "--output and --compare are the same file" in score(folder, *same).stderr
-    same = "--samples", folder / "s.jsonl", "--compare", folder / "s.jsonl"
-    assert "--samples and --compare are the same file" in score(folder, *same).stderr
     for option in (
         *(["--limit", "0"], ["--limit", "1.5"], ["--limit", "x"], ["--dtype", "int8"]),
+        *(["--output", ""], ["--data", ""]),
         *(["--micro-batch-tokens", "0"], ["--micro-batch-tokens", "many"], ["--bos", "perhaps"]),
         *(["--layers-per-stage", value] for value in ("", "2,", "0", "-1", "x", "1.5")),
     ):
@@ -217,6 +275,24 @@ def test_no_gpu(folder, monkeypatch):
     assert answer.returncode == 5 and answer.stdout == ""
     assert "no usable GPU" in answer.stderr and "cupyllama doctor" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy")
+def test_a_home_directory_that_is_none(folder, monkeypatch):
+    """CuPy makes its cache there as it is imported."""
+    monkeypatch.setenv("HOME", str(folder / "q.jsonl"))
+    monkeypatch.delenv("CUPY_CACHE_DIR", raising=False)
+    said = "q.jsonl/.cupy': set CUPY_CACHE_DIR to a directory that can be written"
+    answer = printed(["score", "--demo", "--limit", "2"], stdout=subprocess.PIPE)
+    assert answer.returncode == 0 and "acc_norm" in answer.stdout
+    assert "no GPU (" in answer.stderr and f"{said}); computing on the CPU\n" in answer.stderr
+    for command in (["score", "--demo", "--device", "cuda"], ["bench", "kernels"]):
+        answer = printed(command, stdout=subprocess.PIPE)
+        assert (answer.returncode, answer.stdout) == (5, "")
+        assert answer.stderr.startswith("cupyllama: no usable GPU: ")
+        assert f"{said}\n" in answer.stderr and "Traceback" not in answer.stderr
+    answer = printed(["doctor"], stdout=subprocess.PIPE)
+    assert answer.stdout.count("set CUPY_CACHE_DIR") == 5  # GPU, NVRTC, cuBLASLt, kernels, NCCL
 
 
 def test_results_that_cannot_be_written(folder):

@@ -25,6 +25,14 @@ from cupyllama.generation.answers_file import AnswersFile
 def test_outputs_that_cannot_be_written(tmp_path, prompts_file):
     fails(generate("--prompt", "a", "--output", tmp_path / "no" / "o"), 1, "cannot be written")
     fails(generate("--prompt", "a", "--output", tmp_path), 1, "is a directory")
+    below = prompts_file / "o"
+    for given in (["--prompt", "a"], ["--prompts", prompts_file]):
+        fails(
+            generate(*given, "--output", below), 1, f"{below}: cannot be written: Not a directory"
+        )
+    (tmp_path / "a").symlink_to("a")
+    in_a_circle = generate("--prompts", prompts_file, "--output", tmp_path / "a")
+    fails(in_a_circle, 1, "a: cannot be written: Too many levels of symbolic links")
 
 
 def test_an_output_that_is_the_prompts_by_another_name(prompts_file, tmp_path):

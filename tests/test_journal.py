@@ -259,6 +259,23 @@ def test_a_link_has_its_files_journal(written, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["folder"]
 
 
+def test_an_interrupted_run_says_where_its_answers_are(tmp_path, monkeypatch):
+    append = Journal.append
+
+    def last(self, *answers):
+        append(self, *answers)
+        raise KeyboardInterrupt
+
+    samples = tmp_path / "s.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", last)
+        result = demo("--samples", samples)
+    kept = f"{samples}.partial has the answers so far: --resume goes on from there\n"
+    assert result.exit_code == 130 and result.stderr.endswith(kept + "cupyllama: interrupted\n")
+    assert demo("--samples", samples, "--resume").exit_code == 0
+    assert os.listdir(tmp_path) == ["s.jsonl"]
+
+
 def test_results_are_files_of_their_own(tmp_path):
     (tmp_path / "link").symlink_to("s.jsonl")
     for output in ("s.jsonl.partial", "link", "../" + tmp_path.name + "/s.jsonl"):

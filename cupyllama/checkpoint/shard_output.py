@@ -36,11 +36,11 @@ def check_output(output: Path, model: Path, force: bool) -> None:
         UsageError: the output is there and may not be replaced.
         OutputError: the directory that it is to lie in is missing.
     """
-    if not output.parent.is_dir():
+    if not os.path.isdir(output.parent):
         raise OutputError(f"{output}: the directory {output.parent} does not exist")
-    if not (output.exists() or output.is_symlink()):
+    if not os.path.lexists(output):
         return
-    if output.resolve() == model.resolve():
+    if os.path.realpath(output) == os.path.realpath(model):
         raise UsageError(f"{output}: is the model itself", "Give another --output.")
     if not force:
         raise UsageError(f"{output}: exists", "Give another --output, or replace it with --force.")

@@ -5,6 +5,7 @@ order in which they ended. A run that ends early leaves it there, and no other w
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def check_partial(path: Path) -> None:
         UsageError: FILE.partial has some.
     """
     partial = partial_of(path)
-    if not is_special(path) and partial.is_file() and partial.stat().st_size:
+    if not is_special(path) and os.path.isfile(partial) and partial.stat().st_size:
         raise UsageError(
             f"{partial}: has answers of a run that has not ended",
             "Move it to keep them, or delete it; or give another --output.",

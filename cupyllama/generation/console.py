@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from cupyllama.errors import DataError
+from cupyllama.printing import note
 
 SIGN = "> "
 HISTORY_LINES = 1000
@@ -44,7 +45,7 @@ def line_editing() -> Iterator[None]:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             readline.write_history_file(path)
         except OSError as error:
-            print(f"{path}: the history is not kept: {error.strerror}", file=sys.stderr)
+            note(f"{path}: the history is not kept: {error.strerror}")
 
 
 def read_line() -> str | None:
