@@ -230,7 +230,9 @@ def shard(**options: Any) -> None:
     """
     from cupyllama.checkpoint.shard import ShardOptions
     from cupyllama.checkpoint.shard import shard as run
+    from cupyllama.parallel.world import one_process
 
+    one_process("shard writes every rank's file")
     print_now(run(ShardOptions(**options)).as_text() + "\n")
 
 

@@ -35,6 +35,7 @@ from cupyllama.errors import CupyllamaError, DataError, ModelError, OutputError,
 from cupyllama.evaluate import plan
 from cupyllama.ops import reference
 from cupyllama.packing import TokenRow, pack
+from cupyllama.parallel import world
 from cupyllama.parallel.devices import Device
 from cupyllama.quantized import Quantized
 
@@ -672,10 +673,12 @@ def test_what_a_bench_reads_is_not_written_over(command, tmp_path):
 
 
 def test_several_ranks_are_refused(monkeypatch):
-    together = measure.open_world().together
-    monkeypatch.setattr(measure, "open_world", lambda: SimpleNamespace(size=4, together=together))
-    result = CliRunner().invoke(cli, ["bench", "score"])
-    assert result.exit_code == 2 and "there are 4 ranks" in result.stderr
+    four = SimpleNamespace(size=4, together=world.open_world().together)
+    monkeypatch.setattr(world, "open_world", lambda: four)
+    shard = ["shard", "--model", "m", "--stages", "2", "--output", "o"]
+    for command in (["bench", "score"], shard):
+        result = CliRunner().invoke(cli, command)
+        assert result.exit_code == 2 and "there are 4 ranks" in result.stderr
 
 
 @pytest.fixture

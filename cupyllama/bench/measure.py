@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cupyllama.errors import CupyllamaError, DeviceError, UsageError
+from cupyllama.errors import CupyllamaError, DeviceError
 from cupyllama.parallel.devices import Device, choose_device
-from cupyllama.parallel.world import World, open_world
+from cupyllama.parallel.world import World, one_process
 from cupyllama.provenance import versions
 
 Array = Any
@@ -48,14 +48,7 @@ def one_gpu() -> Device:
         UsageError: there are several ranks.
         DeviceError: there is no usable GPU.
     """
-    world = open_world()
-    with world.together():
-        if world.size > 1:
-            raise UsageError(
-                f"this bench measures one GPU, and there are {world.size} ranks",
-                "Start it without mpirun.",
-            )
-    return gpu_of(world)
+    return gpu_of(one_process("this bench measures one GPU"))
 
 
 def gpu_of(world: World) -> Device:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cupyllama.errors import CupyllamaError, RankError
+from cupyllama.errors import CupyllamaError, RankError, UsageError
 
 # Set for each process by Open MPI, by PMI and PMIx launchers (MPICH, Slurm's srun), by Intel MPI.
 _LAUNCHERS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MPI_LOCALRANKID")
@@ -46,6 +46,21 @@ def open_world(remedy: str = "") -> "World":
     if MPI.COMM_WORLD.size == 1:
         return World()
     return MPIWorld(MPI.COMM_WORLD, remedy)
+
+
+def one_process(work: str) -> "World":
+    """The world of a process that is to be alone; `work`: what it does, as an error begins.
+
+    Raises:
+        UsageError: a launcher started several.
+    """
+    world = open_world()
+    with world.together():
+        if world.size > 1:
+            raise UsageError(
+                f"{work}, and there are {world.size} ranks", "Start it without mpirun."
+            )
+    return world
 
 
 def launched() -> bool:
