@@ -99,7 +99,6 @@ def generate(model: Path | None, demo: bool, **options: Any) -> None:
     The layers shared out among four GPUs:
       mpirun -n 4 cupyllama generate --model path/to/llama-30b --prompt "The man on the roof"
     """
-    from cupyllama.files import check_apart
     from cupyllama.generate import GenerateOptions
     from cupyllama.generate import generate as run
     from cupyllama.tasks.files import demo_directory
@@ -108,8 +107,6 @@ def generate(model: Path | None, demo: bool, **options: Any) -> None:
         raise click.UsageError("Give one of --model DIR and --demo.")
     if options["prompt"] is not None and options["prompts"] is not None:
         raise click.UsageError("Give one of --prompt TEXT and --prompts FILE.")
-    read = {"--prompts": options["prompts"], "--tokenizer": options["tokenizer"]}
-    check_apart(read, {"--output": options["output"]})
     given = [name for name in _SAMPLING if options[name] is not None]
     if options["beam_width"] is not None and given:
         raise click.UsageError(

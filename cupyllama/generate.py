@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cupyllama.errors import CupyllamaError, DataError, NotFiniteError, UsageError
-from cupyllama.files import check_writable, is_special, partial_of
+from cupyllama.files import check_apart, check_writable, is_special, partial_of
 from cupyllama.generation.answers import Answer, Pace, end_token_ids, follow
 from cupyllama.generation.answers_file import AnswersFile, check_partial
 from cupyllama.generation.beam import beam_search
@@ -112,6 +112,8 @@ class Run:
                     "--output is for prompts that are there at the start",
                     "Give them with --prompt TEXT or --prompts FILE.",
                 )
+            read = {"--prompts": options.prompts, "--tokenizer": options.tokenizer}
+            check_apart(read, {"--output": options.output})
             check_writable(options.output)
             check_partial(options.output)
 

@@ -117,18 +117,17 @@ class Run(Rank):
     def check_outputs(self) -> None:
         """Refuse before the run what could lose its results, or an earlier one's."""
         options = self.options
-        outputs = [path for path in (options.output, options.samples, options.trace) if path]
+        read = {"--data": options.data, "--tokenizer": options.tokenizer}
+        read["--compare"] = options.compare
+        written = {"--output": options.output, "--samples": options.samples}
+        written["--trace"] = options.trace
         if options.samples is not None and not is_special(options.samples):
             self.journal = Journal(options.samples)
             if options.resume:
                 self.journal.check_unfinished()
-        read = {"--data": options.data, "--tokenizer": options.tokenizer}
-        written = {"--output": options.output, "--samples": options.samples}
-        written |= {"--trace": options.trace}
-        if self.journal is not None:
-            written["the answers of --samples so far"] = self.journal.path
-        check_apart(read | {"--compare": options.compare}, written)
-        for path in outputs:
+        journal = None if self.journal is None else self.journal.path
+        check_apart(read, written | {"the answers of --samples so far": journal})
+        for path in filter(None, written.values()):
             check_writable(path)
         if self.journal is not None:
             self.journal.claim(options.resume)
