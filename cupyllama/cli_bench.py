@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from cupyllama.cli_options import FILE, CountsType, KindsType, RateType
+from cupyllama.cli_options import FILE, CountsType, KindsType, PositiveType
 from cupyllama.printing import print_now
 
 _TOKENS = click.IntRange(min=1)
@@ -291,10 +291,10 @@ def bench_load(
 @click.argument("results", type=FILE)
 @click.option("--ranks-per-host", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option(
-    "--link-gbs", type=RateType(), help="GB/s between ranks of a host.  [default: measured]"
+    "--link-gbs", type=PositiveType(), help="GB/s between ranks of a host.  [default: measured]"
 )
 @click.option(
-    "--network-gbs", type=RateType(), default=25.0, show_default=True, help="Between hosts."
+    "--network-gbs", type=PositiveType(), default=25.0, show_default=True, help="Between hosts."
 )
 def bench_pipeline(
     results: Path, ranks_per_host: int, link_gbs: float | None, network_gbs: float

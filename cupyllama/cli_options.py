@@ -28,34 +28,31 @@ class TokensType(click.ParamType):
         return int(value)
 
 
-class LimitType(click.ParamType):
-    """A number of questions, or a fraction of them below 1."""
-
-    name = "N|fraction"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        try:
-            limit = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number", param, ctx)
-        if not 0 < limit < float("inf") or (limit >= 1 and limit != int(limit)):
-            self.fail(f"{value} is neither a number of questions nor a fraction", param, ctx)
-        return limit
-
-
-class RateType(click.ParamType):
+class PositiveType(click.ParamType):
     """A finite number above 0."""
 
     name = "float"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         try:
-            rate = float(value)
+            number = float(value)
         except ValueError:
             self.fail(f"{value!r} is not a number", param, ctx)
-        if not 0 < rate < float("inf"):
+        if not 0 < number < float("inf"):
             self.fail(f"{value} is not a finite number above 0", param, ctx)
-        return rate
+        return number
+
+
+class LimitType(PositiveType):
+    """A number of questions, or a fraction of them below 1."""
+
+    name = "N|fraction"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        limit = super().convert(value, param, ctx)
+        if limit >= 1 and limit != int(limit):
+            self.fail(f"{value} is neither a number of questions nor a fraction", param, ctx)
+        return limit
 
 
 class CountsType(click.ParamType):
