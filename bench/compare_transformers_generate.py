@@ -20,13 +20,13 @@ import click
 import numpy as np
 from comparison import require
 from engines import take_turns
+from one_line import one_line
 
 from cupyllama.bench.generate import Run
 from cupyllama.bench.shapes import model_config, random_stage
 from cupyllama.checkpoint.source import open_checkpoint
 from cupyllama.cli_options import CountsType
 from cupyllama.config import ModelConfig, load_config
-from cupyllama.errors import CupyllamaError
 from cupyllama.families import family_of
 from cupyllama.generation.engine import Event
 from cupyllama.generation.session import decode_ops
@@ -262,11 +262,9 @@ def main(
     """Run cupyllama and transformers in turn on the same prompts."""
     require("transformers", "transformers torch accelerate")
     cases = [Case(batch, length, new_tokens) for batch in batch_sizes for length in prompt_lens]
-    try:
+    with one_line():
         choose_device(device)
         config_of(model or shape)
-    except CupyllamaError as error:
-        raise click.ClickException(f"{error}. {error.hint}".strip()) from error
     given = (model or shape, cases, dtype, device)
     children, turns = take_turns([(Ours, *given), (Transformers, *given)], repeats)
     records = summary(cases, turns, model is not None)

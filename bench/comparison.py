@@ -14,9 +14,9 @@ import click
 import numpy as np
 from engines import Child, Job, Turn, take_turns
 from hf_folder import SHAPES, write_folder, write_tokenizer
+from one_line import one_line
 
 from cupyllama.config import load_config
-from cupyllama.errors import CupyllamaError
 from cupyllama.parallel.devices import choose_device
 from cupyllama.report import Answers
 from cupyllama.sizing import DEFAULT_TOKENS
@@ -72,7 +72,7 @@ def prepared(
     device: str,
 ) -> Iterator[Job]:
     """The job of a command line; errors of ours within it end the command with one line."""
-    try:
+    with one_line():
         choose_device(device)  # before 13.5 GB are written
         with TemporaryDirectory() as scratch:
             if model is None:
@@ -91,8 +91,6 @@ def prepared(
             length = load_config(model).max_length
             rows = token_rows(asked, tokens, CONVENTIONS["lm-eval"], bos, length)
             yield Job(shape, model, tokens.path, hf_tokenizer, asked, rows, bos, dtype, device)
-    except CupyllamaError as error:
-        raise click.ClickException(f"{error}. {error.hint}".strip()) from error
 
 
 def compare(

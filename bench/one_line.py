@@ -10,10 +10,8 @@ from cupyllama.errors import CupyllamaError
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Errors of ours within it end the command with one line and their exit code."""
+    """Errors of ours within it end the command with one line."""
     try:
         yield
     except CupyllamaError as error:
-        failure = click.ClickException(f"{error}. {error.hint}".strip())
-        failure.exit_code = error.exit_code
-        raise failure from error
+        raise click.ClickException(f"{error}. {error.hint}".strip()) from error
