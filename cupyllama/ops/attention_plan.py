@@ -187,7 +187,7 @@ def _longest_first(work: np.ndarray, section: int) -> np.ndarray:
     multiprocessors end at about the same time.
     """
     least = section + len(work) % section
-    by_work = np.lexsort((-work,))
+    by_work = np.argsort(-work, kind="stable")
     many, few = np.sort(by_work[:-least]), by_work[-least:]
     many = many[np.lexsort((-work[many], np.arange(len(many)) // section))]
     return np.concatenate([many, few])
